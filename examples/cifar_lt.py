@@ -1,0 +1,154 @@
+#!/usr/bin/env python3
+"""Train on long-tailed CIFAR with any combination of the three alignment strategies.
+
+    python examples/cifar_lt.py --data-dir DIR --preset small
+    python examples/cifar_lt.py --data-dir DIR --preset small --spareg 1.0
+    python examples/cifar_lt.py --data-dir DIR --recipe mislas --imbalance 100 --spaslerp --spaproj
+
+DIR holds the unpacked python archive (`cifar-100-python` or `cifar-10-batches-py`); `--download` fetches it.
+The output folder gets `metrics.jsonl` (one record per epoch), `result.json`, `checkpoint.pt` and TensorBoard events.
+Accuracies are of the last epoch unless called best. Exit code 2 means a bad option or file, 1 that training failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+
+from longtail.alignment import AlignmentOptions
+from longtail.data import ARCHIVES, download
+from longtail.engine import Trainer, TrainingError
+from longtail.recipes import RECIPES, Recipe, get_recipe
+from longtail.settings import Settings
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    defaults = AlignmentOptions()
+
+    data = parser.add_argument_group("data")
+    data.add_argument("--dataset", choices=tuple(ARCHIVES), default="cifar100")
+    data.add_argument("--data-dir", type=Path, required=True, help="folder of the unpacked python archive")
+    data.add_argument("--download", action="store_true", help="fetch the archive into --data-dir if it is not there")
+    data.add_argument("--download-url", metavar="URL", help="a mirror; the official checksum must still match")
+    data.add_argument("--imbalance", type=float, default=100.0, help="largest class over smallest (default 100)")
+    data.add_argument("--subset-seed", type=int, default=0, help="which images the subset holds (default 0, as published)")
+    data.add_argument(
+        "--validation",
+        type=int,
+        default=0,
+        metavar="K",
+        help="evaluate on up to K training images per class held out, never on the test set",
+    )
+    data.add_argument("--no-augment", action="store_true", help="no random crop and flip")
+
+    recipe = parser.add_argument_group("recipe", "options left out keep the recipe's value")
+    recipe.add_argument("--recipe", choices=tuple(RECIPES), help="published cross-entropy recipe (default ldam)")
+    recipe.add_argument("--preset", choices=("small",), help="small: 16 x 16 images, ResNet-14, 40 epochs; for a CPU")
+    recipe.add_argument("--depth", type=int, help="6 n + 2 layers")
+    recipe.add_argument("--width", type=int, help="1, 2 or 4")
+    recipe.add_argument("--resolution", type=int, help="32, 16, 8 or 4 pixels")
+    recipe.add_argument("--epochs", type=int)
+    recipe.add_argument("--batch-size", type=int)
+    recipe.add_argument("--lr", type=float)
+    recipe.add_argument("--weight-decay", type=float)
+    recipe.add_argument("--warmup-epochs", type=int)
+    recipe.add_argument("--schedule", choices=("step", "cosine"))
+    recipe.add_argument("--mixup", type=float, metavar="ALPHA", help="Beta(ALPHA, ALPHA); 0 for none")
+    recipe.add_argument("--frozen-head", action="store_true", help="never train the classifier, as ETF-DR's CIFAR code")
+
+    spa = parser.add_argument_group("alignment", "any combination; the hyper-parameters' defaults are ours")
+    spa.add_argument("--spareg", type=float, default=0.0, metavar="LAMBDA", help="add SpA-Reg with this weight")
+    spa.add_argument("--spareg-align", choices=("both", "classifier", "features"), default=defaults.spareg_align)
+    spa.add_argument("--spaslerp", action="store_true", help="rotate the classifier once per epoch (SpA-SLERP)")
+    spa.add_argument("--alpha-max", type=float, default=defaults.alpha_max, help="default %(default)s")
+    spa.add_argument("--threshold", type=float, default=defaults.threshold, help="cosine, default %(default)s")
+    spa.add_argument("--spaproj", action="store_true", help="project the classifier's gradient (SpA-Proj)")
+    spa.add_argument("--gamma", type=float, default=defaults.gamma, help="default %(default)s")
+    spa.add_argument("--radial", choices=("paper", "keep"), default=defaults.radial, help="default %(default)s")
+    spa.add_argument("--momentum", type=float, default=defaults.momentum, help="of class means, default %(default)s")
+
+    run = parser.add_argument_group("run")
+    run.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation (default 0)")
+    run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
+    run.add_argument("--threads", type=int, help="CPU threads")
+    run.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off", help="mixed precision (default off)")
+    run.add_argument("--channels-last", action=argparse.BooleanOptionalAction, help="memory layout of the network")
+    run.add_argument("--compile", action="store_true", help="compile the network with torch.compile")
+    run.add_argument("--clip-norm", type=float, default=0.0, metavar="NORM", help="clip gradients to this norm")
+    run.add_argument("--accumulate", type=int, default=1, metavar="K", help="split each batch into K micro-batches")
+    run.add_argument("--output-dir", type=Path, help="default runs/NAME, named after dataset, recipe and strategies")
+    run.add_argument("--resume", action="store_true", help="continue from the checkpoint in --output-dir, if any")
+    run.add_argument("--overwrite", action="store_true", help="start afresh although --output-dir holds a run")
+    run.add_argument("--stop-after-epochs", type=int, metavar="N", help="end this call cleanly after N epochs")
+    run.add_argument("--no-tensorboard", action="store_true")
+    run.add_argument("--quiet", action="store_true", help="nothing on the terminal but errors")
+    return parser
+
+
+def settings_from(args: argparse.Namespace) -> Settings:
+    """Resolve the command line: the recipe's values, replaced by the options that were given.
+
+    Raises:
+        ValueError: an option is out of range, or two contradict each other.
+    """
+    if args.preset and args.recipe and args.preset != args.recipe:
+        raise ValueError(f"--preset {args.preset} and --recipe {args.recipe} are two recipes: leave one out")
+    name = args.preset or args.recipe or "ldam"
+    recipe = get_recipe(name, args.dataset)
+    given = {field.name: getattr(args, field.name, None) for field in fields(Recipe)}
+    recipe = replace(recipe, **{key: value for key, value in given.items() if value is not None})
+    alignment = AlignmentOptions(**{field.name: getattr(args, field.name) for field in fields(AlignmentOptions)})
+    run_name = "-".join([args.dataset, f"if{args.imbalance:g}", name, "ce", *alignment.names, f"seed{args.seed}"])
+    return Settings(
+        recipe_name=name,
+        recipe=recipe,
+        data_dir=args.data_dir,
+        output_dir=args.output_dir or Path("runs") / run_name,
+        dataset=args.dataset,
+        imbalance=args.imbalance,
+        subset_seed=args.subset_seed,
+        validation=args.validation,
+        augment=not args.no_augment,
+        frozen_head=args.frozen_head,
+        alignment=alignment,
+        seed=args.seed,
+        accumulate=args.accumulate,
+        clip_norm=args.clip_norm,
+        amp=args.amp,
+        compile=args.compile,
+        device=args.device,
+        threads=args.threads,
+        resume=args.resume,
+        overwrite=args.overwrite,
+        tensorboard=not args.no_tensorboard,
+        quiet=args.quiet,
+        stop_after_epochs=args.stop_after_epochs,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` and return the exit code."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    try:
+        settings = settings_from(args)
+        if args.download:
+            download(settings.dataset, settings.data_dir, url=args.download_url)
+        trainer = Trainer(settings)
+    except (ValueError, OSError) as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 2
+    try:
+        trainer.run()
+    except TrainingError as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

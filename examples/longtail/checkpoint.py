@@ -1,0 +1,40 @@
+"""Files that are either complete or absent, whenever the process is killed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Call `write` on a temporary file beside `path`, flush it to the disk, then rename it to `path`."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint; a kill at any moment leaves the old one or the new one."""
+    write_atomically(path, lambda file: torch.save(state, file))
+
+
+def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
+    """Read a checkpoint: tensors and plain values only, nothing in the file is run.
+
+    Raises:
+        ValueError: the file is no checkpoint of this script.
+    """
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # a damaged file may raise nearly anything
+        raise ValueError(f"{path} cannot be read as a checkpoint ({error}); remove it to start afresh") from error
+    if not isinstance(state, dict) or "epoch" not in state:
+        raise ValueError(f"{path} is no checkpoint of this script; remove it to start afresh")
+    return state

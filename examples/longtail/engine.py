@@ -1,0 +1,344 @@
+"""The training loop: epochs, evaluation, checkpoints. It knows baselines and strategies only by their interfaces.
+
+Shapes: N images of a batch, C classes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import spalign
+
+from .alignment import Alignment
+from .augment import ImageSet
+from .baseline import Baseline
+from .ce import CrossEntropy
+from .checkpoint import load_checkpoint, save_checkpoint
+from .data import MEAN, STD, Dataset, load_dataset, find_folder
+from .networks import CifarResNet, channels_last
+from .recipes import Schedule
+from .reporting import Figures, Reporter, accuracy_figures, closing_table, group_means, read_records, write_result
+from .settings import Settings, check_same
+
+AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on."""
+
+
+class Trainer:
+    """One run of one baseline with any of the strategies.
+
+    Everything random comes from `settings.seed`: initial weights from PyTorch's global generator, order and
+    augmentation from one CPU generator. So two runs that differ only in their strategies start from the same weights
+    and see the same batches.
+
+    Checkpoint behaviour: `checkpoint.pt` in the output folder is replaced after every epoch and holds the model, the
+    optimizer, the tracker, SpA-SLERP's count, the gradient scaler, both generators, the best epoch and the last record.
+    On the CPU a resumed run continues bit for bit, at an equal number of threads.
+
+    Raises:
+        ValueError: options, archive or checkpoint do not fit.
+        OSError: a file is missing or cannot be written.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        recipe = settings.recipe
+        self.device = settings.torch_device()
+        if settings.threads is not None:
+            torch.set_num_threads(settings.threads)
+        self.folder = settings.output_dir
+        self.checkpoint_path = self.folder / "checkpoint.pt"
+        if not (settings.resume or settings.overwrite) and self.checkpoint_path.exists():
+            raise ValueError(f"{self.folder} holds a run: pass --resume, --overwrite, or another --output-dir")
+
+        self.data = load_dataset(
+            settings.dataset,
+            find_folder(settings.dataset, settings.data_dir),
+            imbalance=settings.imbalance,
+            subset_seed=settings.subset_seed,
+            hold_out=settings.validation,
+            resolution=recipe.resolution,
+        )
+        self.train_set = self._image_set(self.data.train_images, self.data.train_labels)
+        self.eval_set = self._image_set(self.data.eval_images, self.data.eval_labels, padding=0)
+        self.baseline: Baseline = self._build_baseline()
+        self.alignment = Alignment(self.baseline.classifier, settings.alignment, epochs=recipe.epochs)
+        parameters = [parameter for parameter in self.baseline.model.parameters() if parameter.requires_grad]
+        self.parameters = parameters
+        sgd = torch.optim.SGD(
+            parameters, lr=recipe.lr, momentum=recipe.sgd_momentum, weight_decay=recipe.weight_decay
+        )
+        self.optimizer = self.alignment.wrap(sgd)
+        self.schedule = Schedule(
+            recipe.lr, recipe.epochs, recipe.warmup_epochs, recipe.schedule, milestones=recipe.milestones
+        )
+        self.amp_dtype = AMP_DTYPES[settings.amp]
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.amp == "fp16")
+        self.generator = torch.Generator().manual_seed(settings.seed)
+        self.outcome = settings.outcome()
+        self.epoch = 0  # epochs done
+        self.seconds = 0.0
+        self.best: dict[str, float] = {}
+        self.record: dict[str, Any] = {}
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        note = ""
+        if settings.resume:
+            note = self._resume() if self.checkpoint_path.exists() else f"no checkpoint in {self.folder}: starting fresh"
+        self.reporter = Reporter(
+            self.folder,
+            epochs=recipe.epochs,
+            start_epoch=self.epoch,
+            tensorboard=settings.tensorboard,
+            quiet=settings.quiet,
+        )
+        if note:
+            self.reporter.note(note)
+
+    # --- building -----------------------------------------------------------------------------------------------------
+
+    def _image_set(self, images: np.ndarray, labels: np.ndarray, padding: int | None = None) -> ImageSet:
+        return ImageSet(
+            torch.from_numpy(images), torch.from_numpy(labels), device=self.device, mean=MEAN, std=STD, padding=padding
+        )
+
+    def _build_baseline(self) -> Baseline:
+        settings, recipe = self.settings, self.settings.recipe
+        torch.manual_seed(settings.seed)
+        model = CifarResNet(self.data.num_classes, depth=recipe.depth, width=recipe.width).to(self.device)
+        if recipe.channels_last:
+            channels_last(model)
+        if settings.compile:
+            model.backbone.compile()
+        return CrossEntropy(
+            model,
+            self.train_set,
+            batch_size=recipe.batch_size,
+            augment=settings.augment,
+            mixup=recipe.mixup,
+            frozen_head=settings.frozen_head,
+        )
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.amp_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.amp_dtype)
+
+    # --- running ------------------------------------------------------------------------------------------------------
+
+    def run(self) -> dict[str, Any] | None:
+        """Train to the last epoch and return the result, which is also in `result.json`; None when stopped early.
+
+        Raises:
+            TrainingError: the loss is no longer finite.
+        """
+        epochs = self.settings.recipe.epochs
+        stop = epochs if self.settings.stop_after_epochs is None else self.epoch + self.settings.stop_after_epochs
+        while self.epoch < min(stop, epochs):
+            self._run_epoch()
+        self.reporter.close()
+        if self.epoch < epochs:
+            self.reporter.note(f"stopped after epoch {self.epoch} of {epochs}; continue with --resume")
+            return None
+        result = self._result()
+        write_result(self.folder / "result.json", result)
+        self.reporter.note(closing_table(result))
+        return result
+
+    def _run_epoch(self) -> None:
+        start = time.perf_counter()
+        record: dict[str, Any] = {"epoch": self.epoch + 1, **self._train_epoch()}
+        self.alignment.end_epoch()
+        correct_C, count_C = self._evaluate(self.eval_set)
+        record["accuracy"] = accuracy_figures(correct_C, count_C, self.data.groups)
+        record["alignment"] = self._alignment_figures()
+        record["alpha"] = self.alignment.alpha
+        self.epoch += 1
+        if record["accuracy"]["balanced"] > self.best.get("balanced", -1.0):
+            self.best = {name: record["accuracy"][name] for name in ("all", "balanced")} | {"epoch": self.epoch}
+        if self.epoch == self.settings.recipe.epochs:
+            record |= self._closing_figures()
+        record["seconds"] = time.perf_counter() - start
+        self.seconds += record["seconds"]
+        self.record = record
+        self.reporter.epoch(record)
+        save_checkpoint(self.checkpoint_path, self._state())
+
+    def _train_epoch(self) -> dict[str, float | None]:
+        settings, baseline, alignment = self.settings, self.baseline, self.alignment
+        model, optimizer, scaler = baseline.model, self.optimizer, self.scaler
+        model.train()
+        steps = baseline.steps_per_epoch
+        # Sums over the epoch stay on the device: reading one would wait for it.
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        penalty_sum, correct = torch.zeros_like(loss_sum), torch.zeros((), dtype=torch.int64, device=self.device)
+        images, lr = 0, 0.0
+        batches = self.reporter.steps(baseline.batches(self.epoch, self.generator), steps, self.epoch)
+        for step, batch in enumerate(batches):
+            lr = self.schedule(self.epoch, step, steps)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.zero_grad(set_to_none=True)
+            for part in batch.split(settings.accumulate):
+                with self._autocast():
+                    out = baseline.step(part, self.epoch)
+                loss = out.loss
+                penalty = alignment.penalty(out.features, out.targets)
+                if penalty is not None:
+                    loss = loss + settings.alignment.spareg * penalty
+                    penalty_sum += penalty.detach() * len(part)
+                scaler.scale(loss * (len(part) / len(batch))).backward()
+                loss_sum += out.loss.detach() * len(part)
+                targets_N = out.targets if out.targets.ndim == 1 else out.targets.argmax(dim=1)
+                correct += (out.logits.detach().argmax(dim=1) == targets_N).sum()
+                images += len(part)
+            if settings.clip_norm:
+                scaler.unscale_(optimizer)
+                torch.nn.utils.clip_grad_norm_(self.parameters, settings.clip_norm)
+            scaler.step(optimizer)
+            scaler.update()
+        loss_mean, penalty_mean = float(loss_sum) / images, float(penalty_sum) / images
+        if not np.isfinite(loss_mean + penalty_mean):
+            raise TrainingError(
+                f"the loss is {loss_mean} (SpA-Reg {penalty_mean}) in epoch {self.epoch + 1}: lower --lr, lengthen "
+                "--warmup-epochs or set --clip-norm; the checkpoint of the epoch before is kept"
+            )
+        return {
+            "lr": lr,
+            "loss": loss_mean,
+            "spareg": penalty_mean if alignment.spareg is not None else None,
+            "train_accuracy": round(100 * int(correct) / images, 6),
+        }
+
+    @torch.no_grad()
+    def _evaluate(self, images: ImageSet, tracker: spalign.ClassMeanTracker | None = None) -> tuple[Tensor, Tensor]:
+        """Count correct predictions (C,) and images (C,) by class, in evaluation mode, without augmentation.
+
+        Args:
+            images: what to predict.
+            tracker: also feed these class means, and compute in full precision.
+        """
+        model = self.baseline.model
+        model.eval()
+        correct_C = torch.zeros(self.data.num_classes, dtype=torch.int64, device=self.device)
+        # Small enough for a CPU's cache, large enough to keep a GPU busy.
+        batch_size = 500 if self.device.type == "cpu" else 2500
+        for index_N in torch.arange(len(images), device=self.device).split(batch_size):
+            with self._autocast() if tracker is None else contextlib.nullcontext():
+                logits_NC, features_ND = self.baseline.predict(images.plain(index_N))
+            labels_N = images.labels_N[index_N]
+            correct_C.index_add_(0, labels_N, (logits_NC.argmax(dim=1) == labels_N).to(torch.int64))
+            if tracker is not None:
+                tracker.update(features_ND, labels_N)
+        return correct_C, torch.bincount(images.labels_N, minlength=self.data.num_classes)
+
+    def _alignment_figures(self, tracker: spalign.ClassMeanTracker | None = None) -> Figures:
+        cosine_C, defined_C = self.alignment.cosines(tracker)
+        return group_means(cosine_C, defined_C, self.data.groups)
+
+    def _closing_figures(self) -> dict[str, Any]:
+        """Training accuracy and exact alignment: one pass over the training set in evaluation mode."""
+        exact = spalign.ClassMeanTracker.for_classifier(self.baseline.classifier, momentum=None)
+        correct_C, count_C = self._evaluate(self.train_set, exact)
+        return {
+            "clean_train_accuracy": round(100 * float(correct_C.sum()) / float(count_C.sum()), 6),
+            "alignment_exact": self._alignment_figures(exact),
+        }
+
+    # --- checkpoints --------------------------------------------------------------------------------------------------
+
+    def _state(self) -> dict[str, Any]:
+        cuda = self.device.type == "cuda"
+        return {
+            "options": self.outcome,
+            "fingerprint": self.data.fingerprint,
+            "epoch": self.epoch,
+            "seconds": self.seconds,
+            "best": self.best,
+            "record": self.record,
+            "model": self.baseline.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "alignment": self.alignment.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "generator": self.generator.get_state(),
+            "torch_generator": torch.get_rng_state(),
+            "cuda_generator": torch.cuda.get_rng_state(self.device) if cuda else None,
+        }
+
+    def _resume(self) -> str:
+        state = load_checkpoint(self.checkpoint_path, self.device)
+        check_same(self.outcome, state["options"])
+        if state["fingerprint"] != self.data.fingerprint:
+            raise ValueError(
+                f"the training images differ from those of {self.checkpoint_path}: set --data-dir to the same archive"
+            )
+        self.epoch, self.seconds = state["epoch"], state["seconds"]
+        self.best, self.record = state["best"], state["record"]
+        self.baseline.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.alignment.load_state_dict(state["alignment"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.generator.set_state(state["generator"].cpu())
+        torch.set_rng_state(state["torch_generator"].cpu())
+        if state["cuda_generator"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_generator"].cpu(), self.device)
+        return f"resuming after epoch {self.epoch} of {self.settings.recipe.epochs}"
+
+    def _result(self) -> dict[str, Any]:
+        settings, record = self.settings, self.record
+        return {
+            "dataset": settings.dataset,
+            "imbalance": settings.imbalance,
+            "method": self.baseline.name,
+            "strategies": settings.alignment.names,
+            "seed": settings.seed,
+            "epochs": settings.recipe.epochs,
+            "evaluated_on": "validation" if settings.validation else "test",
+            "accuracy_last": record["accuracy"],
+            "accuracy_best": self.best,
+            "train_accuracy": record["clean_train_accuracy"],
+            "train_accuracy_augmented": record["train_accuracy"],
+            "alignment": record["alignment"],
+            "alignment_exact": record["alignment_exact"],
+            "seconds": round(self.seconds, 3),
+            "options": self.outcome,
+            "counts": list(self.data.counts),
+            "data_fingerprint": self.data.fingerprint,
+            "environment": environment(self.device),
+        }
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Return versions, the device's name and the git commit, which is None outside a repository."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "spalign": spalign.__version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "commit": git_commit(),
+    }
+
+
+def git_commit() -> str | None:
+    """Return the commit that this file is in, with `-dirty` when files were changed since; None without git."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None

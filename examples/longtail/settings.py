@@ -1,0 +1,174 @@
+"""All options of one training run, resolved and checked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .alignment import AlignmentOptions
+from .data import ARCHIVES
+from .recipes import Recipe
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One run. The fields up to `amp` decide its outcome; those after it say where and how it is carried out.
+
+    Attributes:
+        dataset: `cifar10` or `cifar100`.
+        imbalance: size of the largest class over the smallest.
+        subset_seed: of the choice of images.
+        validation: hold out up to this many training images per class and evaluate on them; 0 evaluates on the test set.
+        recipe_name, recipe: network, optimizer, schedule.
+        augment: random crop and flip.
+        frozen_head: never train the classifier.
+        alignment: the three strategies.
+        seed: of initial weights, order and augmentation; runs with equal seeds are paired.
+        accumulate: micro-batches per optimizer step.
+        clip_norm: largest gradient norm; 0 for no clipping.
+        amp: `off`, `bf16` or `fp16`.
+        compile: compile the network.
+        device: `auto`, `cpu`, `cuda` or `cuda:1`.
+        threads: of the CPU; None leaves PyTorch's choice.
+        data_dir, output_dir: where the archive is and where results go.
+        resume: continue from the checkpoint in `output_dir` where there is one.
+        overwrite: start afresh although `output_dir` holds a run.
+        tensorboard, quiet: what is reported.
+        stop_after_epochs: end this call cleanly after so many epochs; None for the whole run.
+    """
+
+    recipe_name: str
+    recipe: Recipe
+    data_dir: Path
+    output_dir: Path
+    dataset: str = "cifar100"
+    imbalance: float = 100.0
+    subset_seed: int = 0
+    validation: int = 0
+    augment: bool = True
+    frozen_head: bool = False
+    alignment: AlignmentOptions = field(default_factory=AlignmentOptions)
+    seed: int = 0
+    accumulate: int = 1
+    clip_norm: float = 0.0
+    amp: str = "off"
+    compile: bool = False
+    device: str = "auto"
+    threads: int | None = None
+    resume: bool = False
+    overwrite: bool = False
+    tensorboard: bool = True
+    quiet: bool = False
+    stop_after_epochs: int | None = None
+
+    def __post_init__(self) -> None:
+        recipe, alignment = self.recipe, self.alignment
+        _check("dataset", self.dataset, self.dataset in ARCHIVES, f"one of {', '.join(ARCHIVES)}")
+        _check("imbalance", self.imbalance, 1 <= self.imbalance < math.inf, "1 or more")
+        _check("subset-seed", self.subset_seed, 0 <= self.subset_seed < 2**32, "0 .. 2^32 - 1")
+        _check("seed", self.seed, 0 <= self.seed < 2**63, "0 or more")
+        _check("validation", self.validation, self.validation >= 0, "a number of images per class, or 0")
+        _check("epochs", recipe.epochs, recipe.epochs >= 1, "1 or more")
+        _check("batch-size", recipe.batch_size, recipe.batch_size >= 2, "2 or more, for batch normalisation")
+        _check("lr", recipe.lr, 0 < recipe.lr < math.inf, "more than 0")
+        _check("weight-decay", recipe.weight_decay, 0 <= recipe.weight_decay < math.inf, "0 or more")
+        _check("schedule", recipe.schedule, recipe.schedule in ("step", "cosine"), "step or cosine")
+        _check(
+            "warmup-epochs",
+            recipe.warmup_epochs,
+            0 <= recipe.warmup_epochs < recipe.epochs,
+            f"0 or more and less than the {recipe.epochs} epochs",
+        )
+        _check("mixup", recipe.mixup, 0 <= recipe.mixup < math.inf, "alpha of Beta(alpha, alpha), or 0")
+        _check("clip-norm", self.clip_norm, 0 <= self.clip_norm < math.inf, "more than 0, or 0 for no clipping")
+        _check(
+            "accumulate",
+            self.accumulate,
+            1 <= self.accumulate <= recipe.batch_size // 2,
+            f"1 .. {recipe.batch_size // 2}, so that every part of a batch of {recipe.batch_size} has 2 images",
+        )
+        _check("amp", self.amp, self.amp in ("off", "bf16", "fp16"), "off, bf16 or fp16")
+        _check("threads", self.threads, self.threads is None or self.threads >= 1, "1 or more")
+        stop = self.stop_after_epochs
+        _check("stop-after-epochs", stop, stop is None or stop >= 1, "1 or more")
+        _check("spareg", alignment.spareg, math.isfinite(alignment.spareg), "a finite weight, or 0 for none")
+        sides = ("both", "classifier", "features")
+        _check("spareg-align", alignment.spareg_align, alignment.spareg_align in sides, ", ".join(sides))
+        _check("alpha-max", alignment.alpha_max, 0 <= alignment.alpha_max <= 1, "0 .. 1")
+        _check("threshold", alignment.threshold, -1 <= alignment.threshold <= 1, "a cosine, -1 .. 1")
+        _check("gamma", alignment.gamma, 0 <= alignment.gamma <= 1, "0 .. 1")
+        _check("radial", alignment.radial, alignment.radial in ("paper", "keep"), "paper or keep")
+        _check("momentum", alignment.momentum, 0 < alignment.momentum <= 1, "more than 0, at most 1")
+        if self.frozen_head:
+            if alignment.spaslerp or alignment.spaproj:
+                raise ValueError("--spaslerp and --spaproj act on the classifier, which --frozen-head fixes: leave one out")
+            if alignment.spareg and alignment.spareg_align == "classifier":
+                raise ValueError(
+                    "--spareg-align classifier has nothing to pull with --frozen-head: use --spareg-align features"
+                )
+        if self.resume and self.overwrite:
+            raise ValueError("--resume continues a run and --overwrite removes it: leave one out")
+
+    def outcome(self) -> dict[str, Any]:
+        """Return the options that decide the outcome, by the names that the command line uses, as plain values."""
+        options = asdict(self)
+        for name in (
+            "device",
+            "threads",
+            "data_dir",
+            "output_dir",
+            "resume",
+            "overwrite",
+            "tensorboard",
+            "quiet",
+            "stop_after_epochs",
+        ):
+            del options[name]
+        recipe, alignment = options.pop("recipe"), options.pop("alignment")
+        recipe["milestones"] = [list(milestone) for milestone in recipe["milestones"]]
+        options["recipe"] = options.pop("recipe_name")
+        return {name.replace("_", "-"): value for name, value in {**options, **recipe, **alignment}.items()}
+
+    def torch_device(self) -> torch.device:
+        """Return the device to use.
+
+        Raises:
+            ValueError: there is no such device here.
+        """
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            device = torch.device(self.device)
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"device is {self.device!r}, which cannot be used here ({reason}); try cpu") from error
+        return device
+
+
+def check_same(now: Mapping[str, Any], before: Mapping[str, Any]) -> None:
+    """Compare the options of a run with those in its checkpoint.
+
+    Raises:
+        ValueError: they differ; names the options and both values.
+    """
+    differing = [
+        f"--{name} {now.get(name)} (was {before.get(name)})"
+        for name in {**before, **now}
+        if now.get(name) != before.get(name)
+    ]
+    if differing:
+        raise ValueError(
+            f"cannot resume with other options: {', '.join(differing)}; repeat the original ones, "
+            "or start another run with another --output-dir"
+        )
+
+
+def _check(name: str, value: object, good: bool, expected: str) -> None:
+    if not good:
+        raise ValueError(f"--{name} is {value}; expected {expected}")

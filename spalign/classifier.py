@@ -1,0 +1,266 @@
+"""One view of every kind of classifier: rows to read, rows to write, the leaf whose gradient turns them.
+
+C classes, D feature dimensions; ``w_CD`` is the weight as (C, D) whatever its own layout. The weight is looked up
+through its module at every use, because sharding, ``load_state_dict(assign=True)`` and parametrizations replace it.
+"""
+
+from typing import NamedTuple, Protocol, TypeAlias, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import _WeightNorm
+
+from spalign.distributed import full_tensor, shard_like, to_local
+
+__all__ = ["Classifier", "ClassifierLike"]
+
+
+class Leaves(NamedTuple):
+    """The tensors that an optimizer moves to turn and stretch classifier rows.
+
+    Attributes:
+        direction: laid out as the weight; its rows point where the classifier's rows point.
+        magnitude: row norms of a weight-normed classifier, ``None`` where ``direction`` carries them.
+    """
+
+    direction: Tensor
+    magnitude: Tensor | None
+
+
+class Classifier:
+    """Adapter that shows the weight of a linear classifier as (C, D) rows.
+
+    Everything in spalign that takes a classifier takes one of these or what it can be made from. Use it directly for a
+    weight of another name or a transposed one.
+
+    Args:
+        module: ``nn.Linear``, a 1x1 ``nn.Conv2d``, any module with a 2-D weight (weight-normed ones and ``DTensor``
+            weights included); or a parameter or fixed tensor itself.
+        weight: attribute of ``module`` that holds the weight. Ignored for a tensor.
+        class_dim: which dimension of the weight counts the classes: 0 for (C, D), 1 for (D, C).
+
+    Raises:
+        ValueError: there is no such attribute, it is not a float matrix, or ``class_dim`` is not 0 or 1.
+
+    Example:
+        >>> import torch, spalign
+        >>> class CosineHead(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.prototypes = torch.nn.Parameter(torch.randn(64, 10))
+        >>> head = spalign.Classifier(CosineHead(), weight="prototypes", class_dim=1)
+        >>> head.num_classes, head.feature_dim
+        (10, 64)
+    """
+
+    def __init__(self, module: nn.Module | Tensor, weight: str = "weight", class_dim: int = 0) -> None:
+        if not isinstance(module, (nn.Module, Tensor)):
+            raise ValueError(
+                f"the classifier is a {type(module).__name__}, expected a module with a weight or a tensor; "
+                "pass the last layer itself, for example model.fc"
+            )
+        if class_dim not in (0, 1):
+            raise ValueError(f"class_dim is {class_dim!r}, expected 0 for a (C, D) weight or 1 for a (D, C) one")
+        self.module = module
+        self.weight_name = weight
+        self.class_dim = class_dim
+        self._check()
+
+    @classmethod
+    def of(cls, classifier: "ClassifierLike") -> "Classifier":
+        """Return ``classifier`` itself if it is an adapter, else an adapter of it with the default layout."""
+        return classifier if isinstance(classifier, Classifier) else cls(classifier)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(C, D)."""
+        shape = self._stored().shape
+        return shape[self.class_dim], shape[1 - self.class_dim]
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        return self.shape[0]
+
+    @property
+    def feature_dim(self) -> int:
+        """D."""
+        return self.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weight is now."""
+        return self._stored().device
+
+    @property
+    def fixed(self) -> bool:
+        """Whether no optimizer can move the weight: a plain tensor, a buffer, or a frozen parameter."""
+        if self._parametrized():
+            return not any(p.requires_grad for p in self._parametrizations().parameters())
+        return not self._stored().requires_grad
+
+    def require_trainable(self, action: str) -> None:
+        """Raise ValueError if the weight is fixed or its rows cannot be reached; ``action`` completes "cannot be"."""
+        if self.fixed:
+            raise ValueError(
+                f"{self} is fixed (a plain tensor, a buffer or a frozen parameter), so it cannot be {action}; align "
+                "the features to it instead, with SpARegLoss(classifier, tracker, align='features')"
+            )
+
+    def rows(self) -> Tensor:
+        """Return the weight as (C, D), in its own dtype, inside the autograd graph; sharded weights are gathered."""
+        hook = self._weight_norm_hook()
+        # The attribute of old weight norm belongs to the graph of the last forward pass, which may be gone.
+        weight = self._weight() if hook is None else hook.compute_weight(self.module)
+        return self.as_rows(full_tensor(weight))
+
+    def as_rows(self, x: Tensor) -> Tensor:
+        """View a tensor laid out as the weight as (C, D)."""
+        x = x[(slice(None), slice(None)) + (0,) * (x.ndim - 2)]
+        return x.t() if self.class_dim == 1 else x
+
+    def as_stored(self, x_CD: Tensor) -> Tensor:
+        """View (C, D) rows in the layout of the weight."""
+        x = x_CD.t() if self.class_dim == 1 else x_CD
+        return x[(...,) + (None,) * (self._stored().ndim - 2)]
+
+    def localize(self, x: Tensor) -> Tensor:
+        """Cut (C, D) or (C, 1) values that every rank holds to the rows of this rank's shard of the weight."""
+        return self.as_rows(to_local(shard_like(self.as_stored(x), self._stored())))
+
+    def same_weight(self, other: "Classifier") -> bool:
+        """Return whether both stand for one weight."""
+        return self._stored() is other._stored()
+
+    def leaves(self) -> Leaves:
+        """Return the tensors whose gradients turn and stretch the rows.
+
+        Raises:
+            ValueError: the weight has a parametrization other than weight norm with one norm per class.
+        """
+        hook = self._weight_norm_hook()
+        if hook is not None:
+            leaves = Leaves(getattr(self.module, hook.name + "_v"), getattr(self.module, hook.name + "_g"))
+            dim = hook.dim
+        elif self._parametrized():
+            found = self._parametrizations()
+            if len(found) != 1 or not isinstance(found[0], _WeightNorm):
+                names = ", ".join(type(p).__name__ for p in found)
+                raise ValueError(
+                    f"the weight of {self} is parametrized by {names}, expected none or weight norm: its gradient does "
+                    "not act on rows; use SpARegLoss, or spalign.functional.project_gradient where you hold a row "
+                    "gradient"
+                )
+            leaves = Leaves(cast(Tensor, found.original1), cast(Tensor, found.original0))
+            dim = found[0].dim
+        else:
+            return Leaves(self._weight(), None)
+        if dim != self.class_dim:
+            raise ValueError(
+                f"weight norm of {self} has dim={dim}, expected dim={self.class_dim}: one norm per class, so that rows "
+                "keep their direction when norms change"
+            )
+        return leaves
+
+    @torch.no_grad()
+    def write(self, new_CD: Tensor) -> None:
+        """Replace the rows, in place, by (C, D) values that every rank holds.
+
+        Weight norm gets the directions into v, whose own norms stay, and the norms into g. Other parametrizations are
+        assigned through their ``right_inverse``.
+        """
+        if self._weight_norm_hook() is None and self._parametrized():
+            found = self._parametrizations()
+            if len(found) != 1 or not isinstance(found[0], _WeightNorm):
+                setattr(self.module, self.weight_name, self.as_stored(new_CD))
+                return
+        direction, magnitude = self.leaves()
+        stored = self.as_stored(new_CD)
+        if magnitude is not None:
+            norm = torch.norm_except_dim(stored, 2, self.class_dim)
+            old = torch.norm_except_dim(full_tensor(direction), 2, self.class_dim)
+            magnitude.copy_(shard_like(norm, magnitude))
+            stored = stored * (old / norm.clamp(min=torch.finfo(norm.dtype).tiny))
+        direction.copy_(shard_like(stored, direction))
+        hook = self._weight_norm_hook()
+        if hook is not None:
+            setattr(self.module, self.weight_name, hook.compute_weight(self.module))
+
+    def _weight(self) -> Tensor:
+        weight = self.module if isinstance(self.module, Tensor) else getattr(self.module, self.weight_name)
+        return cast(Tensor, weight)
+
+    def _stored(self) -> Tensor:
+        """The weight or, for weight norm, its direction leaf: same layout, no computation."""
+        hook = self._weight_norm_hook()
+        if hook is not None:
+            return cast(Tensor, getattr(self.module, hook.name + "_v"))
+        if self._parametrized():
+            found = self._parametrizations()
+            if len(found) == 1 and isinstance(found[0], _WeightNorm):
+                return cast(Tensor, found.original1)
+        return self._weight()
+
+    def _parametrized(self) -> bool:
+        return isinstance(self.module, nn.Module) and parametrize.is_parametrized(self.module, self.weight_name)
+
+    def _parametrizations(self) -> parametrize.ParametrizationList:
+        lists = cast(nn.ModuleDict, self.module.parametrizations)
+        return cast(parametrize.ParametrizationList, lists[self.weight_name])
+
+    def _weight_norm_hook(self) -> "_OldWeightNorm | None":
+        """The forward pre-hook of the deprecated ``torch.nn.utils.weight_norm``, which recomputes the attribute."""
+        if isinstance(self.module, Tensor) or not self.module._forward_pre_hooks:
+            return None
+        for hook in self.module._forward_pre_hooks.values():
+            if type(hook).__name__ == "WeightNorm" and getattr(hook, "name", None) == self.weight_name:
+                return cast(_OldWeightNorm, hook)
+        return None
+
+    def _check(self) -> None:
+        what = type(self.module).__name__
+        if isinstance(self.module, nn.Module) and not hasattr(self.module, self.weight_name):
+            raise ValueError(
+                f"{what} has no attribute {self.weight_name!r}, expected the layer that maps features to logits; pass "
+                "that layer (for example model.fc), or spalign.Classifier(module, weight=...) for another name"
+            )
+        weight = self._stored()
+        if not isinstance(weight, Tensor):
+            raise ValueError(
+                f"{what}.{self.weight_name} is {weight!r}, expected a weight tensor of shape (C, D); name the "
+                "attribute that holds it: spalign.Classifier(module, weight=...)"
+            )
+        if isinstance(weight, UninitializedParameter):
+            raise ValueError(
+                f"{what}.{self.weight_name} is uninitialized, expected a weight of known shape; run one forward pass "
+                "before building spalign objects"
+            )
+        shape = tuple(weight.shape)
+        if weight.ndim < 2 or any(n != 1 for n in shape[2:]) or not weight.is_floating_point():
+            raise ValueError(
+                f"{what}.{self.weight_name} has shape {shape} and dtype {weight.dtype}, expected a float matrix "
+                "(C, D), or (C, D, 1, 1) of a 1x1 convolution; pass the layer that maps features to logits"
+            )
+        if 0 in shape:
+            raise ValueError(f"{what}.{self.weight_name} has shape {shape}, expected at least one class and feature")
+
+    def __repr__(self) -> str:
+        name = "" if isinstance(self.module, Tensor) else f".{self.weight_name}"
+        c, d = self.shape
+        return f"Classifier({type(self.module).__name__}{name}, {c} classes x {d} features)"
+
+
+class _OldWeightNorm(Protocol):
+    """The part of ``torch.nn.utils.weight_norm.WeightNorm`` in use here (its module is shadowed by the function)."""
+
+    name: str
+    dim: int
+
+    def compute_weight(self, module: object) -> Tensor:
+        """Return g v / |v|."""
+
+
+ClassifierLike: TypeAlias = nn.Module | Tensor | Classifier
+"""What spalign accepts as a classifier: a layer, its weight, or an adapter."""

@@ -1,0 +1,708 @@
+"""Class means, alignment loss, rotation and gradient projection as functions of tensors.
+
+No modules, no process groups, no host synchronisation. Every function takes its state as arguments; the two whose
+names end in an underscore write into it, all others are pure. The classes of :mod:`spalign` are thin wrappers.
+
+Shapes: N samples, C classes, D feature dimensions. ``h_ND`` features, ``w_CD`` classifier rows, ``mu_CD`` class means,
+``mu_G`` the mean of the class means over the classes seen so far (``center_D``), ``d_CD = mu_CD - mu_G``. A hat is a
+unit vector. Inputs may be float16, bfloat16, float32 or float64; the maths is float32, or float64 where the weight, the
+means or the features being averaged into float64 means are.
+
+Equation numbers are those of *Space Alignment Matters*; where the printed formula is wrong the docstring says so.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "BatchShare",
+    "RotatedRows",
+    "RunningSums",
+    "alignment",
+    "alignment_loss",
+    "alignment_loss_and_grad",
+    "attach_features",
+    "class_statistics",
+    "cosine_schedule",
+    "directions",
+    "global_mean",
+    "project_gradient",
+    "slerp",
+    "update_class_means",
+    "update_class_means_",
+]
+
+Radial = Literal["paper", "keep"]
+
+# Rows closer than this to the antipode of their target have no unique shortest path (radians).
+_ANTIPODAL_MARGIN = 1e-3
+# Below this angle sin(a t) / sin(t) is replaced by its limit a; the relative error is t^2 / 6 < 2e-9 (radians).
+_LERP_ANGLE = 1e-4
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Class means
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class RunningSums(NamedTuple):
+    """What keeps the global mean cheap: both are updated in place beside the class means.
+
+    Attributes:
+        mean_sum: (D,) float64, sum of the class means of the seen classes.
+        num_seen: () float64, how many classes have been seen.
+    """
+
+    mean_sum: Tensor
+    num_seen: Tensor
+
+
+class BatchShare(NamedTuple):
+    """How far each sample of a batch moved each class mean: ``d mu'_c / d h_i``.
+
+    Attributes:
+        rate: (N,) for class indices, the derivative of its own class's mean; (N, C) for soft labels.
+        labels: (N,) int64 class of each sample, 0 where the rate is 0; ``None`` for soft labels.
+    """
+
+    rate: Tensor
+    labels: Tensor | None
+
+    def pull_back(self, grad_CD: Tensor) -> Tensor:
+        """Turn a gradient by the new means, (C, D), into one by the features, (N, D)."""
+        if self.labels is None:
+            with _no_autocast(grad_CD):
+                return self.rate @ grad_CD
+        return grad_CD.index_select(0, self.labels) * self.rate.unsqueeze(1)
+
+
+class _Batch(NamedTuple):
+    """Features and labels in one form: sample weights instead of special values.
+
+    h_ND in the dtype of the maths; labels_N int64 and weight_N in {0, 1} for class indices, or labels None and
+    weight_NC >= 0 for soft labels. Samples to pass over weigh 0; their features may hold anything.
+    """
+
+    h: Tensor
+    weight: Tensor
+    labels: Tensor | None
+
+
+def _math_dtype(*tensors: Tensor) -> torch.dtype:
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Disable autocast for the device of ``x``; free where it is off already."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def _zero_non_finite_(x: Tensor) -> Tensor:
+    return x.nan_to_num_(0.0, 0.0, 0.0)
+
+
+def _parse_batch(features: Tensor, targets: Tensor, num_classes: int, ignore_index: int, dtype: torch.dtype) -> _Batch:
+    h_ND = features.to(dtype)
+    # A row sum is finite exactly when every entry is (or when it overflows, and with it the mean would).
+    finite_N = torch.isfinite(h_ND.sum(1))
+    if not targets.is_floating_point():
+        usable_N = (targets >= 0) & (targets < num_classes) & finite_N
+        if 0 <= ignore_index < num_classes:
+            usable_N = usable_N & (targets != ignore_index)
+        return _Batch(h_ND, usable_N.to(dtype), torch.where(usable_N, targets, 0).long())
+    # A row's floor is what label smoothing spreads over every class; it says nothing of the class, so it is subtracted
+    # and the rest rescaled to the row's sum (pitfall D8). What a uniform row leaves is rounding noise: it weighs 0.
+    q_NC = targets.to(dtype)
+    total_N = q_NC.sum(1)
+    excess_NC = q_NC - q_NC.amin(1, keepdim=True)
+    excess_N = excess_NC.sum(1)
+    usable_N = finite_N & torch.isfinite(total_N) & (total_N > 0) & (excess_N > 1e-6 * total_N)
+    scale_N = torch.where(usable_N, total_N / torch.where(usable_N, excess_N, 1.0), 0.0)
+    return _Batch(h_ND, _zero_non_finite_(excess_NC) * scale_N.unsqueeze(1), None)
+
+
+def _batch_statistics(batch: _Batch, num_classes: int) -> tuple[Tensor, Tensor]:
+    h_ND = torch.nan_to_num(batch.h, 0.0, 0.0, 0.0)
+    if batch.labels is None:
+        with _no_autocast(h_ND):
+            return batch.weight.t() @ h_ND, batch.weight.sum(0)
+    sum_CD = h_ND.new_zeros(num_classes, h_ND.shape[1])
+    sum_CD.index_add_(0, batch.labels, h_ND * batch.weight.unsqueeze(1))
+    return sum_CD, h_ND.new_zeros(num_classes).index_add_(0, batch.labels, batch.weight)
+
+
+def class_statistics(
+    features: Tensor, targets: Tensor, num_classes: int, *, ignore_index: int = -100
+) -> tuple[Tensor, Tensor]:
+    """Sum the features of each class and count them.
+
+    ``sum_c = sum_i q_ic h_i`` and ``weight_c = sum_i q_ic`` with q one-hot for class indices. Linear in the samples, so
+    the results of parts of a batch add up: this is what ranks all-reduce.
+
+    Args:
+        features: (N, D), any float dtype.
+        targets: (N,) integer class indices, or (N, C) float soft labels, of which each row's floor is ignored.
+        num_classes: C.
+        ignore_index: label of samples to pass over. Labels outside [0, C) and rows with a non-finite value are too.
+
+    Returns:
+        sums (C, D) and weights (C,), float32 (float64 for float64 features).
+
+    Example:
+        >>> import torch
+        >>> h = torch.tensor([[1., 0.], [3., 0.], [0., 5.]])
+        >>> sums, weights = class_statistics(h, torch.tensor([0, 0, 1]), 3)
+        >>> sums.tolist(), weights.tolist()
+        ([[4.0, 0.0], [0.0, 5.0], [0.0, 0.0]], [2.0, 1.0, 0.0])
+    """
+    batch = _parse_batch(features, targets, num_classes, ignore_index, _math_dtype(features))
+    return _batch_statistics(batch, num_classes)
+
+
+def _update_from_statistics_(
+    mean_CD: Tensor,
+    weight_C: Tensor,
+    sum_CD: Tensor,
+    batch_weight_C: Tensor,
+    momentum: float | None,
+    sums: RunningSums | None,
+) -> Tensor:
+    """Move class means in place by a batch given as sums and weights, O(C D). Return the rates r_C."""
+    has_C = batch_weight_C > 0
+    first_C = has_C & (weight_C == 0)
+    weight_C.add_(batch_weight_C)
+    if momentum is None:
+        rate_C = 1.0 / torch.where(has_C, weight_C, 1.0)
+    else:
+        rate_C = torch.where(first_C, 1.0, momentum) / torch.where(has_C, batch_weight_C, 1.0)
+    rate_C = torch.where(has_C, rate_C, 0.0)
+    delta_CD = (sum_CD - mean_CD * batch_weight_C.unsqueeze(1)).mul_(rate_C.unsqueeze(1))
+    mean_CD.add_(delta_CD)
+    if sums is not None:
+        sums.mean_sum.add_(delta_CD.sum(0))
+        sums.num_seen.add_(first_C.sum())
+    return rate_C
+
+
+def _update_from_rows_(
+    mean_CD: Tensor,
+    weight_C: Tensor,
+    batch: _Batch,
+    index_N: Tensor,
+    momentum: float | None,
+    sums: RunningSums | None,
+    scratch_C: Tensor | None,
+) -> Tensor:
+    """Move class means in place by the samples of a batch with class indices, O(N D). Return the rates r_N."""
+    if scratch_C is None:
+        scratch_C = torch.zeros_like(weight_C)
+    # n_c of each sample's class: sums of ones are exact, so the order of the additions does not matter.
+    scratch_C.index_add_(0, index_N, batch.weight)
+    count_N = scratch_C.index_select(0, index_N)
+    scratch_C.index_fill_(0, index_N, 0.0)
+    # All samples of a class write the same new weight. Adding their ones singly would stall at 2^24 in float32.
+    before_N = weight_C.index_select(0, index_N)
+    after_N = before_N + count_N
+    weight_C.index_copy_(0, index_N, after_N)
+    usable_N, first_N = batch.weight > 0, before_N == 0
+    rate_N = 1.0 / after_N if momentum is None else torch.where(first_N, 1.0, momentum) / count_N
+    rate_N = torch.where(usable_N, rate_N, 0.0)
+
+    delta_ND = _zero_non_finite_(batch.h - mean_CD.index_select(0, index_N)).mul_(rate_N.unsqueeze(1))
+    mean_CD.index_add_(0, index_N, delta_ND)
+    if sums is not None:
+        sums.mean_sum.add_(delta_ND.sum(0))
+        # Each sample of a new class carries 1 / n_c of it; rounding makes the sum the integer that it is.
+        sums.num_seen.add_(torch.where(usable_N & first_N, 1.0 / count_N, 0.0).sum().round_())
+    return rate_N
+
+
+def update_class_means_(
+    mean_CD: Tensor,
+    weight_C: Tensor,
+    features: Tensor,
+    targets: Tensor,
+    *,
+    momentum: float | None = 0.1,
+    ignore_index: int = -100,
+    sums: RunningSums | None = None,
+    scratch_C: Tensor | None = None,
+) -> BatchShare:
+    """Move class means towards a batch, in place.
+
+    ``mean[y_i] += r[y_i] (h_i - mean[y_i])`` with ``r_c = 1 / (N_c + n_c)`` (cumulative), ``momentum / n_c`` (EMA) or
+    ``1 / n_c`` (first observation of a class), n_c the batch weight of the class and N_c its weight before. For class
+    indices the cost is O(N D) whatever C is; soft labels cost O(N C D).
+
+    Args:
+        mean_CD: (C, D) float32 or float64, written. Rows of unseen classes are zero.
+        weight_C: (C,) total sample weight, same dtype, written; 0 marks an unseen class.
+        features: (N, D), any float dtype.
+        targets: (N,) integer class indices, or (N, C) float soft labels, of which each row's floor is ignored.
+        momentum: weight of the new value as in BatchNorm; ``None`` for the exact cumulative mean.
+        ignore_index: label of samples to pass over. Labels outside [0, C) and rows with a non-finite value are too.
+        sums: running sums to keep up to date, written.
+        scratch_C: (C,) zeros in the dtype of ``mean_CD``, zeros again on return; spares an allocation of C per call.
+
+    Returns:
+        How far each sample moved its class mean, which is the derivative of the new means by the features.
+
+    Example:
+        >>> import torch
+        >>> mean, weight = torch.zeros(2, 1), torch.zeros(2)
+        >>> for h in (1., 2., 6.):
+        ...     _ = update_class_means_(mean, weight, torch.tensor([[h]]), torch.tensor([1]), momentum=None)
+        >>> mean.tolist(), weight.tolist()
+        ([[0.0], [3.0]], [0.0, 3.0])
+    """
+    return _absorb_batch_(
+        mean_CD,
+        weight_C,
+        features,
+        targets,
+        momentum=momentum,
+        ignore_index=ignore_index,
+        sums=sums,
+        scratch_C=scratch_C,
+    )
+
+
+def _absorb_batch_(
+    mean_CD: Tensor,
+    weight_C: Tensor,
+    features: Tensor,
+    targets: Tensor,
+    *,
+    momentum: float | None,
+    ignore_index: int,
+    sums: RunningSums | None,
+    scratch_C: Tensor | None,
+    reduce: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+    feature_scale: int = 1,
+) -> BatchShare:
+    """:func:`update_class_means_`, with ``reduce`` adding up the statistics of several ranks before they are used.
+
+    ``feature_scale`` multiplies the share: gradients of a loss that every rank computes in full are averaged over the
+    ranks, but each rank's features exist on that rank alone (pitfall C3).
+    """
+    batch = _parse_batch(features, targets, mean_CD.shape[0], ignore_index, mean_CD.dtype)
+    if batch.labels is not None and reduce is None:
+        rate_N = _update_from_rows_(mean_CD, weight_C, batch, batch.labels, momentum, sums, scratch_C)
+        return BatchShare(rate_N, batch.labels)
+    sum_CD, batch_weight_C = _batch_statistics(batch, mean_CD.shape[0])
+    if reduce is not None:
+        sum_CD, batch_weight_C = reduce(sum_CD, batch_weight_C)
+    rate_C = _update_from_statistics_(mean_CD, weight_C, sum_CD, batch_weight_C, momentum, sums) * feature_scale
+    rate_N = rate_C if batch.labels is None else rate_C[batch.labels]
+    return BatchShare(batch.weight * rate_N, batch.labels)
+
+
+def update_class_means(
+    mean_CD: Tensor,
+    weight_C: Tensor,
+    features: Tensor,
+    targets: Tensor,
+    *,
+    momentum: float | None = 0.1,
+    ignore_index: int = -100,
+) -> tuple[Tensor, Tensor]:
+    """Return the class means and weights after a batch; differentiable by the features.
+
+    The pure form of :func:`update_class_means_`, with its arguments; the gradient reaches the features through
+    ``mu'_c = mu_c + r_c sum_i (h_i - mu_c)`` and never the stored means.
+
+    Returns:
+        means (C, D) and weights (C,).
+
+    Example:
+        >>> import torch
+        >>> h = torch.tensor([[2., 4.]], requires_grad=True)
+        >>> means, weights = update_class_means(torch.ones(1, 2), torch.ones(1), h, torch.tensor([0]), momentum=0.5)
+        >>> means.tolist(), torch.autograd.grad(means.sum(), h)[0].tolist()
+        ([[1.5, 2.5]], [[0.5, 0.5]])
+    """
+    with torch.no_grad():
+        mean_CD, weight_C = mean_CD.clone(), weight_C.clone()
+        share = update_class_means_(mean_CD, weight_C, features, targets, momentum=momentum, ignore_index=ignore_index)
+    return attach_features(mean_CD, features, share), weight_C
+
+
+def _apply(function: Any, *args: Tensor | None) -> Tensor:
+    """``function.apply`` with a return type, which torch does not declare."""
+    result: Tensor = function.apply(*args)
+    return result
+
+
+class _AttachFeatures(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, mean_CD: Tensor, features: Tensor, rate: Tensor, index: Tensor | None) -> Tensor:
+        ctx.save_for_backward(rate, index)
+        ctx.dtype = features.dtype
+        return mean_CD.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_CD: Tensor) -> Any:
+        rate, index = ctx.saved_tensors
+        return None, BatchShare(rate, index).pull_back(grad_CD).to(ctx.dtype), None, None
+
+
+def attach_features(mean_CD: Tensor, features: Tensor, share: BatchShare) -> Tensor:
+    """Return a copy of updated means (C, D) whose gradient flows to the features (N, D) that ``share`` came from."""
+    return _apply(_AttachFeatures, mean_CD, features, share.rate, share.labels)
+
+
+def global_mean(mean_CD: Tensor, seen_C: Tensor) -> Tensor:
+    """Return ``mu_G``, the mean of the rows of ``mean_CD`` (C, D) where ``seen_C`` (C,) bool holds; (D,)."""
+    seen_CD = torch.where(seen_C.unsqueeze(1), mean_CD, 0.0)
+    return seen_CD.sum(0) / seen_C.sum().clamp(min=1).to(mean_CD.dtype)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Alignment: all that follows stays, row by row, inside span{w, d} or span{g, w, d}
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class _Rows(NamedTuple):
+    """Classifier rows against centred class means, (C, D) and (C,), in the dtype of the maths.
+
+    ``inv_w`` and ``inv_d`` are 1 / |w| and 1 / |d|, 0 where ``valid`` is False: an unseen class, a zero row, or a mean
+    that lies on the global mean to within rounding. There the cosine is 0 and every coefficient built from it too.
+    """
+
+    w: Tensor
+    d: Tensor
+    inv_w: Tensor
+    inv_d: Tensor
+    cos: Tensor
+    valid: Tensor
+
+
+def _inverse_norms(x_CD: Tensor, usable_C: Tensor, floor: float | Tensor = 0.0) -> Tensor:
+    """Return 1 / |x_c|, and 0 for rows that are unusable, not longer than sqrt(floor), or not finite."""
+    xx_C = (x_CD * x_CD).sum(1)
+    defined_C = usable_C & (xx_C > floor) & torch.isfinite(xx_C)
+    return torch.where(defined_C, torch.where(defined_C, xx_C, 1.0).rsqrt(), 0.0)
+
+
+def _centered(mean_CD: Tensor, seen_C: Tensor, center_D: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return d_CD = mu - mu_G and 1 / |d_c|, 0 where the class has no direction."""
+    center_D = (global_mean(mean_CD, seen_C) if center_D is None else center_D).to(dtype)
+    d_CD = mean_CD.to(dtype) - center_D
+    # A difference of this size is the rounding of its terms: it points nowhere.
+    noise = (16 * torch.finfo(mean_CD.dtype).eps) ** 2 * (center_D * center_D).sum()
+    return d_CD, _inverse_norms(d_CD, seen_C, noise)
+
+
+def _rows(weight_CD: Tensor, mean_CD: Tensor, seen_C: Tensor, center_D: Tensor | None) -> _Rows:
+    dtype = _math_dtype(weight_CD, mean_CD)
+    w_CD = weight_CD.to(dtype)
+    d_CD, inv_d_C = _centered(mean_CD, seen_C, center_D, dtype)
+    inv_w_C = _inverse_norms(w_CD, inv_d_C > 0)
+    valid_C = inv_w_C > 0
+    inv_d_C = torch.where(valid_C, inv_d_C, 0.0)
+    cos_C = ((w_CD * d_CD).sum(1) * inv_w_C * inv_d_C).clamp(-1.0, 1.0)
+    return _Rows(w_CD, d_CD, inv_w_C, inv_d_C, torch.where(valid_C, cos_C, 0.0), valid_C)
+
+
+def directions(mean_CD: Tensor, seen_C: Tensor, *, center_D: Tensor | None = None) -> Tensor:
+    """Return the unit rows of the class means minus the global mean, ``mu_hat`` (Eq. 3).
+
+    Args:
+        mean_CD: (C, D) class means, finite.
+        seen_C: (C,) bool, classes with a mean.
+        center_D: (D,) global mean, if at hand; the mean of the seen rows otherwise.
+
+    Returns:
+        (C, D); rows without a direction (unseen, or on the global mean) are zero.
+
+    Example:
+        >>> import torch
+        >>> directions(torch.tensor([[3., 0.], [1., 0.], [9., 9.]]), torch.tensor([True, True, False])).tolist()
+        [[1.0, 0.0], [-1.0, 0.0], [0.0, 0.0]]
+    """
+    d_CD, inv_d_C = _centered(mean_CD, seen_C, center_D, _math_dtype(mean_CD))
+    return (d_CD * inv_d_C.unsqueeze(1)).to(mean_CD.dtype)
+
+
+def alignment(weight_CD: Tensor, mean_CD: Tensor, seen_C: Tensor, *, center_D: Tensor | None = None) -> Tensor:
+    """Return the cosine between each classifier row and its centred class mean, ``<w_hat_c, mu_hat_c>``.
+
+    Args:
+        weight_CD: (C, D) classifier rows.
+        mean_CD: (C, D) class means, finite.
+        seen_C: (C,) bool, classes with a mean.
+        center_D: (D,) global mean, if at hand; the mean of the seen rows otherwise.
+
+    Returns:
+        (C,) in [-1, 1]; 0 where there is nothing to compare (unseen class, zero row, mean on the global mean).
+
+    Example:
+        >>> import torch
+        >>> mean, seen = torch.tensor([[2., 0.], [0., 0.]]), torch.tensor([True, True])
+        >>> alignment(torch.tensor([[5., 0.], [0., 1.]]), mean, seen).tolist()
+        [1.0, 0.0]
+    """
+    return _rows(weight_CD.detach(), mean_CD.detach(), seen_C, center_D).cos
+
+
+class _KnownGradient(torch.autograd.Function):
+    """A scalar whose gradients were computed with it: ``apply(value, x1, grad1, x2, grad2, ...)``."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, *inputs_and_grads: Tensor) -> Tensor:
+        ctx.save_for_backward(*inputs_and_grads[1::2])
+        ctx.dtypes = [x.dtype for x in inputs_and_grads[::2]]
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_value: Tensor) -> Any:
+        grads: list[Tensor | None] = [None]
+        for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True):
+            # A half-precision loss scale must meet the gradient before the cast, or small values are lost.
+            grads += [(grad * grad_value).to(dtype), None]
+        return tuple(grads)
+
+
+def _loss_coefficients(rows: _Rows, seen_C: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return loss, and per row (a, b, p, q): dL/dw = a w + b d, dL/dd = b w + p d, q = share of each mean in mu_G."""
+    share_C = seen_C.to(rows.cos.dtype) / seen_C.sum().clamp(min=1)
+    loss = torch.where(rows.valid, (1.0 - rows.cos) * share_C, 0.0).sum()
+    scaled_cos_C = rows.cos * share_C
+    b_C = -share_C * rows.inv_w * rows.inv_d
+    return loss, scaled_cos_C * rows.inv_w**2, b_C, scaled_cos_C * rows.inv_d**2, share_C
+
+
+def _combine(x_CD: Tensor, a_C: Tensor, y_CD: Tensor, b_C: Tensor) -> Tensor:
+    return x_CD * a_C.unsqueeze(1) + y_CD * b_C.unsqueeze(1)
+
+
+def alignment_loss(
+    weight_CD: Tensor,
+    mean_CD: Tensor,
+    seen_C: Tensor,
+    *,
+    center_D: Tensor | None = None,
+    features: Tensor | None = None,
+    share: BatchShare | None = None,
+) -> Tensor:
+    """Return the regularizer of Eq. 15, ``mean over seen classes of 1 - <w_hat_c, mu_hat_c>``.
+
+    Classes without a direction contribute exactly 0, in value and gradient. The gradients are closed forms computed
+    with the value (first order only): by ``weight_CD``; by ``mean_CD``, through the global mean too; and, cheaper than
+    the latter because only the batch's rows are formed, by the ``features`` that moved the means.
+
+    Args:
+        weight_CD: (C, D) classifier rows, any float dtype.
+        mean_CD: (C, D) class means, finite.
+        seen_C: (C,) bool, classes with a mean.
+        center_D: (D,) global mean, if at hand; the mean of the seen rows otherwise. Not a free variable: gradients by
+            the means treat it as their mean in either case.
+        features: (N, D) batch that :func:`update_class_means_` moved the means by.
+        share: what that call returned. ``features`` and ``share`` go together.
+
+    Returns:
+        Scalar, float32 (float64 if the weight or the means are).
+
+    Example:
+        >>> import torch
+        >>> w = torch.tensor([[0., 1.], [-1., 0.]], requires_grad=True)
+        >>> loss = alignment_loss(w, torch.tensor([[3., 0.], [1., 0.]]), torch.tensor([True, True]))
+        >>> loss.item(), torch.autograd.grad(loss, w)[0].tolist()
+        (0.5, [[-0.5, 0.0], [0.0, 0.0]])
+    """
+    inputs_and_grads: list[Tensor] = []
+    with torch.no_grad(), _no_autocast(weight_CD):
+        rows = _rows(weight_CD, mean_CD, seen_C, center_D)
+        loss, a_C, b_C, p_C, q_C = _loss_coefficients(rows, seen_C)
+        if weight_CD.requires_grad:
+            inputs_and_grads += [weight_CD, _combine(rows.w, a_C, rows.d, b_C)]
+        if mean_CD.requires_grad:
+            e_CD = _combine(rows.w, b_C, rows.d, p_C)
+            inputs_and_grads += [mean_CD, e_CD - q_C.unsqueeze(1) * e_CD.sum(0)]
+        if features is not None and share is not None and features.requires_grad:
+            inputs_and_grads += [features, _feature_gradient(rows, b_C, p_C, q_C, share)]
+    if inputs_and_grads and torch.is_grad_enabled():
+        return _apply(_KnownGradient, loss, *inputs_and_grads)
+    return loss
+
+
+def _feature_gradient(rows: _Rows, b_C: Tensor, p_C: Tensor, q_C: Tensor, share: BatchShare) -> Tensor:
+    """Pull dL/dmu_c = e_c - q_c sum_k e_k, e = b w + p d, back to the features without forming e for every class."""
+    sum_D = torch.mv(rows.w.t(), b_C) + torch.mv(rows.d.t(), p_C)
+    if share.labels is None:
+        return share.pull_back(_combine(rows.w, b_C, rows.d, p_C) - q_C.unsqueeze(1) * sum_D)
+    e_ND = _combine(
+        rows.w.index_select(0, share.labels), b_C[share.labels], rows.d.index_select(0, share.labels), p_C[share.labels]
+    )
+    return (e_ND - q_C[share.labels].unsqueeze(1) * sum_D) * share.rate.unsqueeze(1)
+
+
+def alignment_loss_and_grad(
+    weight_CD: Tensor, mean_CD: Tensor, seen_C: Tensor, *, center_D: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the regularizer of Eq. 15 and its gradient by the classifier, without autograd.
+
+    For loops that add to ``weight.grad`` themselves. Compiled, it is one pass over the inputs.
+
+    Args:
+        weight_CD: (C, D) classifier rows.
+        mean_CD: (C, D) class means, finite.
+        seen_C: (C,) bool, classes with a mean.
+        center_D: (D,) global mean, if at hand.
+
+    Returns:
+        the scalar of :func:`alignment_loss` and its gradient by ``weight_CD``, (C, D), in the weight's dtype.
+
+    Example:
+        >>> import torch
+        >>> w, mean, seen = torch.eye(2), torch.tensor([[3., 0.], [1., 0.]]), torch.tensor([True, True])
+        >>> loss, grad = alignment_loss_and_grad(w, mean, seen)
+        >>> loss.item(), grad.tolist()
+        (0.5, [[0.0, 0.0], [0.5, 0.0]])
+    """
+    with torch.no_grad():
+        rows = _rows(weight_CD, mean_CD, seen_C, center_D)
+        loss, a_C, b_C, _, _ = _loss_coefficients(rows, seen_C)
+        return loss, _combine(rows.w, a_C, rows.d, b_C).to(weight_CD.dtype)
+
+
+def cosine_schedule(step: int, total_steps: int, maximum: float) -> float:
+    """Return ``alpha_t = alpha_max (1 - cos(pi t / T)) / 2`` with t clamped to [0, T].
+
+    Example:
+        >>> [round(cosine_schedule(t, 4, 0.2), 3) for t in (0, 1, 2, 4, 9)]
+        [0.0, 0.029, 0.1, 0.2, 0.2]
+    """
+    return maximum * (1.0 - math.cos(math.pi * min(max(step, 0), total_steps) / total_steps)) / 2.0
+
+
+class RotatedRows(NamedTuple):
+    """Result of :func:`slerp`: the rows (C, D), and which were rotated or left alone as antipodal, (C,) bool."""
+
+    weight: Tensor
+    rotated: Tensor
+    antipodal: Tensor
+
+
+def slerp(
+    weight_CD: Tensor,
+    mean_CD: Tensor,
+    seen_C: Tensor,
+    *,
+    alpha: float | Tensor,
+    threshold: float,
+    center_D: Tensor | None = None,
+) -> RotatedRows:
+    """Rotate classifier rows towards their centred class means along the sphere (the unnumbered SLERP equation).
+
+    ``w_c <- |w_c| (sin((1 - alpha) t) / sin t w_hat_c + sin(alpha t) / sin t mu_hat_c)`` for rows with
+    ``cos t = <w_hat_c, mu_hat_c> < threshold``. Departures from print: the angle t is ``2 atan2(|a - b|, |a + b|)``
+    (the arc cosine is 0 for angles under 3e-4 in float32), the weights are linear under 1e-4 rad (as printed NaN at 0),
+    and rows within 1e-3 rad of pi are left alone (no unique path).
+
+    Args:
+        weight_CD: (C, D) classifier rows, any float dtype. Their norms are kept.
+        mean_CD: (C, D) class means, finite.
+        seen_C: (C,) bool, classes with a mean.
+        alpha: share of the angle to go, in [0, 1]; a 0-dim tensor avoids recompilation under a schedule. 0 changes
+            no bit.
+        threshold: rows whose cosine is below it are rotated, in [-1, 1].
+        center_D: (D,) global mean, if at hand.
+
+    Returns:
+        New rows (C, D) in the weight's dtype, and the masks of rows rotated and rows left alone near pi.
+
+    Example:
+        >>> import torch
+        >>> w, mean, seen = torch.tensor([[0., 2.], [-1., 0.]]), torch.tensor([[3., 0.], [1., 0.]]), torch.ones(2) > 0
+        >>> new, rotated, antipodal = slerp(w, mean, seen, alpha=0.5, threshold=0.9)
+        >>> [[round(v, 4) for v in row] for row in new.tolist()], rotated.tolist()
+        ([[1.4142, 1.4142], [-1.0, 0.0]], [True, False])
+    """
+    with torch.no_grad():
+        rows = _rows(weight_CD, mean_CD, seen_C, center_D)
+        u_CD, v_CD = rows.w * rows.inv_w.unsqueeze(1), rows.d * rows.inv_d.unsqueeze(1)
+        chord_C = ((u_CD - v_CD) ** 2).sum(1).sqrt()
+        angle_C = 2.0 * torch.atan2(chord_C, ((u_CD + v_CD) ** 2).sum(1).sqrt())
+        below_C = rows.valid & (rows.cos < threshold)
+        antipodal_C = below_C & (angle_C > math.pi - _ANTIPODAL_MARGIN)
+        alpha_C = torch.zeros_like(angle_C) + alpha
+        rotate_C = below_C & ~antipodal_C & (alpha_C != 0)
+
+        small_C = angle_C < _LERP_ANGLE
+        safe_C = torch.where(rotate_C & ~small_C, angle_C, 1.0)
+        sin_C = torch.sin(safe_C)
+        from_C = torch.where(small_C, 1.0 - alpha_C, torch.sin((1.0 - alpha_C) * safe_C) / sin_C)
+        to_C = torch.where(small_C, alpha_C, torch.sin(alpha_C * safe_C) / sin_C)
+        # from * |w| w_hat + to * |w| mu_hat, written without dividing and multiplying w by its norm.
+        to_C = to_C * rows.inv_d / torch.where(rows.valid, rows.inv_w, 1.0)
+        new_CD = _combine(rows.w, from_C, rows.d, to_C).to(weight_CD.dtype)
+        return RotatedRows(torch.where(rotate_C.unsqueeze(1), new_CD, weight_CD), rotate_C, antipodal_C)
+
+
+def project_gradient(
+    grad_CD: Tensor,
+    weight_CD: Tensor,
+    mean_CD: Tensor,
+    seen_C: Tensor,
+    *,
+    gamma: float,
+    radial: Radial = "paper",
+    center_D: Tensor | None = None,
+) -> Tensor:
+    """Remove the part of a classifier gradient that would turn rows away from their class means (Eqs. 17 to 20).
+
+    With ``d_c = mu_hat_c - <mu_hat_c, w_hat_c> w_hat_c`` and ``p_c = <g_c, d_hat_c>``, the result is
+    ``g - (1 - gamma) (<g, w_hat> w_hat + max(p, 0) d_hat)`` for ``radial="paper"``, which is Eq. 20 (gamma scales the
+    radial part too, so row norms nearly freeze), and ``g - (1 - gamma) max(p, 0) d_hat`` for ``radial="keep"``. Eq. 18
+    prints ``<g, w_hat>`` in d_c: that is not tangent and would make the result depend on the loss scale. A row on its
+    mean's direction has no d_hat; its p is 0. A class without a direction keeps its gradient.
+
+    Stateless and positively homogeneous: ``project(s g) = s project(g)`` for s > 0, so it may meet scaled gradients.
+    Non-finite rows stay non-finite and do not touch other rows.
+
+    Args:
+        grad_CD: (C, D) gradient of a loss by the classifier, any float dtype.
+        weight_CD: (C, D) classifier rows.
+        mean_CD: (C, D) class means, finite.
+        seen_C: (C,) bool, classes with a mean.
+        gamma: share of the original gradient that is mixed back in, in [0, 1]; 1 changes nothing.
+        radial: what happens to the part along the row.
+        center_D: (D,) global mean, if at hand.
+
+    Returns:
+        (C, D) in the gradient's dtype.
+
+    Example:
+        >>> import torch
+        >>> w, mean, seen = torch.tensor([[0., 1.], [-1., 0.]]), torch.tensor([[3., 0.], [1., 0.]]), torch.ones(2) > 0
+        >>> g = torch.tensor([[2., 4.], [0., 1.]])
+        >>> project_gradient(g, w, mean, seen, gamma=0.5, radial="keep").tolist()
+        [[1.0, 4.0], [0.0, 1.0]]
+    """
+    with torch.no_grad():
+        rows = _rows(weight_CD, mean_CD, seen_C, center_D)
+        g_CD = grad_CD.to(rows.w.dtype)
+        along_C = (g_CD * rows.w).sum(1) * rows.inv_w  # <g, w_hat>
+        towards_C = (g_CD * rows.d).sum(1) * rows.inv_d  # <g, mu_hat>
+        # |mu_hat - cos w_hat| = sin of the angle, from the vectors: 1 - cos^2 would cancel at small angles.
+        tangent_CD = _combine(rows.d, rows.inv_d, rows.w, -rows.cos * rows.inv_w)
+        sin2_C = (tangent_CD * tangent_CD).sum(1)
+        defined_C = sin2_C > (16 * torch.finfo(sin2_C.dtype).eps) ** 2
+        # p / |d| = <g, d> / |d|^2, so p d_hat = (p / |d|) d with d = mu_hat - cos w_hat.
+        p_C = torch.where(defined_C, (towards_C - rows.cos * along_C).clamp(min=0.0), 0.0)
+        p_C = (1.0 - gamma) * p_C / torch.where(defined_C, sin2_C, 1.0)
+        w_C = p_C * rows.cos * rows.inv_w
+        if radial == "paper":
+            w_C = w_C - (1.0 - gamma) * along_C * rows.inv_w
+        # Where nothing is removed the coefficients are exactly 0; a non-finite row of an unseen class is not touched.
+        w_C = torch.where(rows.valid, w_C, 0.0)
+        d_C = torch.where(rows.valid, -p_C * rows.inv_d, 0.0)
+        return (g_CD + _combine(rows.w, w_C, rows.d, d_C)).to(grad_CD.dtype)

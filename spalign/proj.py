@@ -1,0 +1,241 @@
+"""SpA-Proj: an optimizer wrapper that removes classifier gradient leading away from class means."""
+
+from collections.abc import Callable
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from spalign import distributed, functional
+from spalign.classifier import Classifier, ClassifierLike
+from spalign.functional import Radial
+from spalign.tracker import ClassMeanTracker
+
+__all__ = ["SpAProj"]
+
+_READ_THROUGH = (
+    "param_groups",
+    "state",
+    "defaults",
+    "_optimizer_step_pre_hooks",
+    "_optimizer_step_post_hooks",
+    "_optimizer_state_dict_pre_hooks",
+    "_optimizer_state_dict_post_hooks",
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+)
+
+
+class SpAProj(Optimizer):
+    """Gradient projection (Eqs. 17 to 20) in front of any optimizer.
+
+    Right before the wrapped optimizer steps, and inside its closure if it gets one, the classifier's gradient is
+    replaced in place by :func:`spalign.functional.project_gradient` of it: after reduction over ranks, unscaling and
+    clipping, once per optimizer step. The projection has no state, and zero gradients stay zero.
+
+    The object is an ``Optimizer`` that reads through to the wrapped one: ``param_groups``, ``state``, ``defaults``,
+    hooks and ``state_dict()`` are the wrapped optimizer's own, so checkpoints are interchangeable with a plain run.
+    Use it in the place of the wrapped optimizer everywhere (schedulers, ``GradScaler``); stepping the wrapped optimizer
+    itself projects as well, because the work is done by a step pre-hook on it.
+
+    Args:
+        optimizer: the optimizer that holds the classifier's parameters.
+        classifier: the layer that maps features to logits, its weight, or a :class:`spalign.Classifier`; trainable. Of
+            a weight-normed layer the direction's gradient is projected.
+        tracker: class means; only read.
+        gamma: share of the original gradient that is mixed back in, in [0, 1]; 1 changes nothing.
+        radial: ``"paper"`` scales the part of the gradient along the row by gamma too (Eq. 20), so row norms nearly
+            freeze; ``"keep"`` leaves it alone.
+
+    Attributes:
+        optimizer: the wrapped optimizer.
+
+    Raises:
+        ValueError: an argument is out of range, the classifier is fixed, its sizes differ from the tracker's, or the
+            optimizer projects this classifier already.
+
+    Checkpoint behavior: nothing of its own; save the tracker. Until classes are seen their gradients pass unchanged.
+
+    Example:
+        >>> import torch, spalign
+        >>> fc = torch.nn.Linear(8, 3)
+        >>> tracker = spalign.ClassMeanTracker.for_classifier(fc)
+        >>> optimizer = torch.optim.SGD(fc.parameters(), lr=0.1, momentum=0.9)
+        >>> optimizer = spalign.SpAProj(optimizer, fc, tracker, gamma=0.5)
+        >>> h, y = torch.randn(16, 8), torch.arange(16) % 3
+        >>> tracker.update(h, y)
+        >>> torch.nn.functional.cross_entropy(fc(h), y).backward()
+        >>> optimizer.step()
+    """
+
+    # GradScaler must unscale before the wrapped optimizer steps, even a fused one that could do it itself (pitfall A4).
+    _step_supports_amp_scaling = False
+
+    classifier: Classifier
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        classifier: ClassifierLike,
+        tracker: ClassMeanTracker,
+        *,
+        gamma: float = 0.5,
+        radial: Radial = "paper",
+    ) -> None:
+        # Optimizer.__init__ would build second hook tables and parameter groups; everything is read through instead.
+        if not isinstance(optimizer, Optimizer) or not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+            raise ValueError(
+                f"the optimizer is a {type(optimizer).__name__}, expected a torch.optim.Optimizer that runs step "
+                "hooks; wrap the optimizer itself, before a trainer's prepare() does"
+            )
+        if not 0.0 <= gamma <= 1.0:
+            raise ValueError(f"gamma is {gamma!r}, expected a share of the original gradient in [0, 1]")
+        if radial not in ("paper", "keep"):
+            raise ValueError(f"radial is {radial!r}, expected 'paper' or 'keep'")
+        adapter = Classifier.of(classifier)
+        adapter.require_trainable("projected")
+        adapter.leaves()
+        tracker._check_classifier(adapter)
+        for hook in optimizer._optimizer_step_pre_hooks.values():
+            owner = getattr(hook, "__self__", None)
+            if isinstance(owner, SpAProj) and owner.classifier.same_weight(adapter):
+                raise ValueError(
+                    f"this {type(optimizer).__name__} projects {owner.classifier} already, expected one SpAProj per "
+                    "classifier; call remove() on the first one"
+                )
+        self.optimizer = optimizer
+        self.classifier = adapter
+        self.tracker = tracker
+        self.gamma = float(gamma)
+        self.radial: Radial = radial
+        self._held: Tensor | None = None
+        self._handle: RemovableHandle = optimizer.register_step_pre_hook(self._before_step)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # The projection
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Project now, or, where the gradients are yet to come, have the closure do it (pitfall A7)."""
+        position = 1 if args and args[0] is optimizer else 0
+        closure = kwargs["closure"] if "closure" in kwargs else args[position] if len(args) > position else None
+        if closure is None:
+            self._project(optimizer)
+            return None
+
+        def projected_closure() -> Any:
+            with torch.enable_grad():
+                loss = closure()
+            self._project(optimizer)
+            return loss
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": projected_closure}
+        return (*args[:position], projected_closure, *args[position + 1 :]), kwargs
+
+    @torch.no_grad()
+    def _project(self, optimizer: Optimizer) -> None:
+        direction, magnitude = self.classifier.leaves()
+        if direction.grad is None:
+            if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
+                raise RuntimeError(
+                    f"{self.classifier} has no gradient while other parameters have; expected one in weight.grad. If "
+                    "the classifier is unused in this step, leave it out of the optimizer; if a framework keeps gradients "
+                    "elsewhere (DeepSpeed: safe_get_full_grad), apply spalign.functional.project_gradient to them there"
+                )
+            return
+        self.tracker._check_device("the classifier is", direction)
+        self._check_held(optimizer, direction)
+        # Sharded by rows, each rank projects the rows it holds; sharded otherwise, rows have to be put together first.
+        by_rows = distributed.sharded_along(direction, self.classifier.class_dim)
+        part = distributed.to_local if by_rows else distributed.full_tensor
+        mean_CD, seen_C1 = self.tracker.mean, self.tracker.seen.unsqueeze(1)
+        if by_rows:
+            mean_CD, seen_C1 = self.classifier.localize(mean_CD), self.classifier.localize(seen_C1)
+        projected_CD = functional.project_gradient(
+            self.classifier.as_rows(part(direction.grad)),
+            self.classifier.as_rows(part(direction)),
+            mean_CD,
+            seen_C1[:, 0],
+            gamma=self.gamma,
+            radial=self.radial,
+            center_D=self.tracker.center,
+        )
+        # In place: CUDA graphs and DDP's buckets know the gradient by its address (pitfall A17).
+        if by_rows:
+            self.classifier.as_rows(part(direction.grad)).copy_(projected_CD)
+        else:
+            direction.grad.copy_(distributed.shard_like(self.classifier.as_stored(projected_CD), direction.grad))
+        if magnitude is not None and magnitude.grad is not None and self.radial == "paper":
+            # Weight norm keeps the part of the gradient along the row in a leaf of its own.
+            directed_C1 = self.tracker.directions().any(1, keepdim=True)
+            scale = self.classifier.as_stored(torch.where(directed_C1, self.gamma, 1.0).to(magnitude.dtype))
+            distributed.to_local(magnitude.grad).mul_(distributed.to_local(distributed.shard_like(scale, magnitude)))
+
+    def _check_held(self, optimizer: Optimizer, direction: Tensor) -> None:
+        """Raise unless the optimizer holds the parameter that is projected now; it may have been replaced (A15)."""
+        if self._held is direction:
+            return
+        if not any(p is direction for group in optimizer.param_groups for p in group["params"]):
+            raise RuntimeError(
+                f"the optimizer does not hold the parameter of {self.classifier}, expected it among param_groups; "
+                "build the optimizer from the parameters the model has now (sharding and assign=True replace them)"
+            )
+        self._held = direction
+
+    def remove(self) -> None:
+        """Stop projecting. The wrapped optimizer goes on as if it had never been wrapped."""
+        self._handle.remove()
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # The optimizer
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def __getattribute__(self, name: str) -> Any:
+        # Reads through always: load_state_dict and trainers replace these on the wrapped optimizer (pitfall A3).
+        if name in _READ_THROUGH:
+            return getattr(object.__getattribute__(self, "optimizer"), name)
+        return object.__getattribute__(self, name)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Project the classifier's gradient and step the wrapped optimizer."""
+        return self.optimizer.step(closure) if closure is not None else self.optimizer.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients of the wrapped optimizer."""
+        self.optimizer.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the wrapped optimizer's state, nothing added."""
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state of the wrapped optimizer, from a run with or without projection."""
+        self.optimizer.load_state_dict(state_dict)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group to the wrapped optimizer."""
+        self.optimizer.add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        del state["_handle"]  # belongs to the wrapped optimizer, whose copies carry no hooks
+        state["_held"] = None
+        return {k: v for k, v in state.items() if k != "step"}  # schedulers patch step on the instance
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._handle = self.optimizer.register_step_pre_hook(self._before_step)
+
+    def __repr__(self) -> str:
+        return f"SpAProj({self.optimizer!r}, {self.classifier}, gamma={self.gamma}, radial={self.radial!r})"

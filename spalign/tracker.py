@@ -1,0 +1,275 @@
+"""Running class means of features: the one state that the three strategies share."""
+
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from spalign import distributed, functional
+from spalign.classifier import Classifier, ClassifierLike
+from spalign.distributed import Group
+from spalign.functional import BatchShare, RunningSums
+
+__all__ = ["ClassMeanTracker"]
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class ClassMeanTracker(nn.Module):
+    """Running mean of the features of each class.
+
+    ``mean[y_i] += r[y_i] (h_i - mean[y_i])`` with ``r_c = momentum / n_c``, ``1 / n_c`` at a class's first
+    observation, or ``1 / (N_c + n_c)`` for ``momentum=None``; n_c is the batch's count of the class, N_c the count
+    before. For class indices a call costs O(N D), whatever the number of classes, and never waits for the device.
+
+    Exactly one call per batch feeds a tracker: :meth:`update`, or the forward pass of the :class:`SpARegLoss` that
+    holds it. Everything else only reads.
+
+    Args:
+        num_classes: C.
+        feature_dim: D, the width of the classifier's input.
+        momentum: weight of the new value in (0, 1], as in BatchNorm (not an EMA decay); ``None`` for the exact mean of
+            everything seen.
+        ignore_index: label of samples to pass over.
+        process_group: ranks that share the means. ``...`` is the default group wherever ``torch.distributed`` is
+            initialized, ``None`` keeps the means of this rank alone.
+        device: where the state lives.
+
+    Attributes:
+        mean: (C, D) float32 buffer; rows of unseen classes are zero.
+        weight: (C,) float32 buffer, the total sample weight of each class; 0 marks an unseen class.
+
+    Raises:
+        ValueError: a size or the momentum is out of range.
+
+    Checkpoint behavior: all state is in buffers, so an update after ``load_state_dict`` continues bit for bit. Without
+    it every class is unseen, and each strategy does nothing for a class until it is seen again.
+
+    Dtypes: features of any float dtype come in; the state is float32 and stays so under ``half()`` and ``bfloat16()``.
+    ``double()`` makes state and maths float64.
+
+    Example:
+        >>> import torch, spalign
+        >>> tracker = spalign.ClassMeanTracker(num_classes=3, feature_dim=2)
+        >>> tracker.update(torch.tensor([[1., 0.], [3., 0.], [0., 4.]]), torch.tensor([0, 0, 2]))
+        >>> tracker.mean.tolist(), tracker.seen.tolist()
+        ([[2.0, 0.0], [0.0, 0.0], [0.0, 4.0]], [True, False, True])
+    """
+
+    mean: Tensor
+    weight: Tensor
+    mean_sum: Tensor
+    num_seen: Tensor
+    _scratch: Tensor
+
+    def __init__(
+        self,
+        num_classes: int,
+        feature_dim: int,
+        *,
+        momentum: float | None = 0.1,
+        ignore_index: int = -100,
+        process_group: Group = ...,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("num_classes", num_classes), ("feature_dim", feature_dim)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}, expected a positive integer; read it off the classifier weight")
+        if momentum is not None and not 0.0 < momentum <= 1.0:
+            raise ValueError(
+                f"momentum is {momentum!r}, expected a number in (0, 1], the weight of the new value, or None for the "
+                "exact cumulative mean; for an EMA decay d pass 1 - d"
+            )
+        self.num_classes = num_classes
+        self.feature_dim = feature_dim
+        self.momentum = momentum
+        self.ignore_index = ignore_index
+        self.process_group = process_group
+        self.register_buffer("mean", torch.zeros(num_classes, feature_dim, device=device, dtype=torch.float32))
+        self.register_buffer("weight", torch.zeros(num_classes, device=device, dtype=torch.float32))
+        self.register_buffer("mean_sum", torch.zeros(feature_dim, device=device, dtype=torch.float64))
+        self.register_buffer("num_seen", torch.zeros((), device=device, dtype=torch.float64))
+        self.register_buffer("_scratch", torch.zeros_like(self.weight), persistent=False)
+
+    @classmethod
+    def for_classifier(
+        cls,
+        classifier: ClassifierLike,
+        *,
+        momentum: float | None = 0.1,
+        ignore_index: int = -100,
+        process_group: Group = ...,
+    ) -> Self:
+        """Return a tracker with the classifier's C and D, on the classifier's device.
+
+        Example:
+            >>> import torch, spalign
+            >>> tracker = spalign.ClassMeanTracker.for_classifier(torch.nn.Linear(64, 10))
+            >>> tracker.mean.shape
+            torch.Size([10, 64])
+        """
+        adapter = Classifier.of(classifier)
+        num_classes, feature_dim = adapter.shape
+        return cls(
+            num_classes,
+            feature_dim,
+            momentum=momentum,
+            ignore_index=ignore_index,
+            process_group=process_group,
+            device=adapter.device,
+        )
+
+    @property
+    def seen(self) -> Tensor:
+        """(C,) bool, the classes that have a mean."""
+        return self.weight > 0
+
+    @property
+    def center(self) -> Tensor:
+        """(D,) global mean ``mu_G``, the mean of the class means over the classes seen; no pass over (C, D)."""
+        return (self.mean_sum / self.num_seen.clamp(min=1.0)).to(self.mean.dtype)
+
+    def directions(self) -> Tensor:
+        """Return ``mu_hat`` (C, D), unit rows of mean minus global mean; zero rows for classes without a direction."""
+        return functional.directions(self.mean, self.seen, center_D=self.center)
+
+    @torch.no_grad()
+    def update(self, features: Tensor, targets: Tensor) -> None:
+        """Take in a batch, whatever the training mode.
+
+        Args:
+            features: (N, D) or, for dense prediction, (N, D, ...); any float dtype.
+            targets: (N,) or (N, ...) integer class indices, or (N, C) or (N, C, ...) float soft labels. Of a soft
+                label each row's floor is ignored, so smoothing changes nothing; mixed samples count for each of their
+                classes by weight.
+
+        Rows with a non-finite value and samples labelled ``ignore_index`` change nothing. So do labels outside [0, C)
+        on accelerators, where checking them would wait for the device.
+
+        Raises:
+            ValueError: wrong shape, dtype or device, or, on the CPU, a label outside [0, C). No state is changed.
+        """
+        self._absorb(*self._checked(features, targets))
+
+    def forward(self, features: Tensor, targets: Tensor) -> Tensor:
+        """Take in a batch in training mode, and return the means (C, D), differentiable by the features.
+
+        The gradient is that of the update, ``mu'_c = mu_c + r_c sum_i (h_i - mu_c)``; with several ranks it is scaled
+        so that averaged gradients equal those of one process (pitfall C3). The result is a copy: later updates do not
+        touch it. In evaluation mode the state is returned as it is. Arguments and errors as :meth:`update`.
+        """
+        flat_ND, flat_targets = self._checked(features, targets)
+        if not self.training:
+            return self.mean.clone()
+        share = self._absorb(flat_ND, flat_targets)
+        return functional.attach_features(self.mean, flat_ND, share)
+
+    def reset(self) -> None:
+        """Forget every class, in place."""
+        for buffer in (self.mean, self.weight, self.mean_sum, self.num_seen, self._scratch):
+            buffer.zero_()
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the training mode. Leaving it sums the class means afresh, which keeps rounding out of ``center``."""
+        if self.training and not mode:
+            with torch.no_grad():
+                self.mean_sum.copy_(self.mean.sum(0, dtype=torch.float64))
+                self.num_seen.copy_(self.seen.sum())
+        return super().train(mode)
+
+    def extra_repr(self) -> str:
+        return f"num_classes={self.num_classes}, feature_dim={self.feature_dim}, momentum={self.momentum}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Follow device moves and ``double()``, but let no conversion put the state into fewer bits than it needs."""
+
+        def keep_precision(t: Tensor) -> Tensor:
+            out = fn(t)
+            narrowed = out.dtype in _HALF or t is self.mean_sum or t is self.num_seen
+            return t.to(out.device) if narrowed and out.dtype != t.dtype else out
+
+        super()._apply(keep_precision, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    @torch.no_grad()
+    def _absorb(self, features: Tensor, targets: Tensor) -> BatchShare:
+        """Take in a batch that passed :meth:`_checked`. Return how far each sample moved the means."""
+        ranks = distributed.world_size(self.process_group)
+        return functional._absorb_batch_(
+            self.mean,
+            self.weight,
+            features.detach(),
+            targets,
+            momentum=self.momentum,
+            ignore_index=self.ignore_index,
+            sums=RunningSums(self.mean_sum, self.num_seen),
+            scratch_C=self._scratch,
+            reduce=None if ranks == 1 else partial(distributed.all_reduce_statistics, group=self.process_group),
+            feature_scale=ranks,
+        )
+
+    def _checked(self, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return features (N, D) and targets (N,) or (N, C), dense predictions flattened, or raise ValueError."""
+        shape, dim = tuple(features.shape), self.feature_dim
+        if features.ndim < 2 or shape[1] != dim:
+            raise ValueError(
+                f"features have shape {shape}, expected (N, {dim}) or (N, {dim}, ...): pass what the classifier takes "
+                "in (spalign.FeatureCapture records it), class dimension second"
+            )
+        if not features.is_floating_point():
+            raise ValueError(f"features have dtype {features.dtype}, expected a float dtype; pass features.float()")
+        soft = targets.is_floating_point()
+        expected = (shape[0], self.num_classes, *shape[2:]) if soft else (shape[0], *shape[2:])
+        if targets.dtype == torch.bool or targets.is_complex():
+            raise ValueError(f"targets have dtype {targets.dtype}, expected integer class indices or float soft labels")
+        if tuple(targets.shape) != expected:
+            raise ValueError(
+                f"targets have shape {tuple(targets.shape)} and dtype {targets.dtype}, expected {expected} for "
+                f"features of shape {shape}: class indices as integers (N, ...), soft labels as floats (N, C, ...)"
+            )
+        self._check_device("features are", features)
+        self._check_device("targets are", targets)
+        if type(targets) is Tensor and targets.is_cpu and not torch.compiler.is_compiling():
+            self._check_values(targets)
+        if len(shape) > 2:
+            features = features.movedim(1, -1).reshape(-1, dim)
+            targets = targets.movedim(1, -1).reshape(-1, self.num_classes) if soft else targets.reshape(-1)
+        return features, targets
+
+    def _check_device(self, what: str, tensor: Tensor) -> None:
+        if tensor.device != self.mean.device:
+            raise ValueError(
+                f"{what} on {tensor.device} but the class means on {self.mean.device}, expected one device; move the "
+                f"tracker (or the loss that holds it) with .to({str(tensor.device)!r})"
+            )
+
+    def _check_classifier(self, classifier: Classifier) -> None:
+        if classifier.shape != (self.num_classes, self.feature_dim):
+            raise ValueError(
+                f"{classifier} does not fit a tracker of {self.num_classes} classes x {self.feature_dim} features, "
+                "expected equal sizes; build it with ClassMeanTracker.for_classifier(classifier), or name a transposed "
+                "weight's layout with spalign.Classifier(module, class_dim=1)"
+            )
+
+    def _check_values(self, targets: Tensor) -> None:
+        """Refuse labels out of range. On the CPU only, and through numpy: a device would have to be waited for."""
+        if targets.numel() == 0:
+            return
+        if targets.is_floating_point():
+            lowest = float(np.fmin.reduce(targets.detach().double().numpy(), axis=None))
+            if lowest < 0:
+                raise ValueError(f"soft labels contain {lowest:.6g}, expected weights of at least 0")
+            return
+        labels = targets.numpy()
+        if labels.min() >= 0 and labels.max() < self.num_classes:
+            return
+        wrong = labels[((labels < 0) | (labels >= self.num_classes)) & (labels != self.ignore_index)]
+        if wrong.size:
+            raise ValueError(
+                f"targets contain the label {wrong.flat[0]}, expected 0 to {self.num_classes - 1} or ignore_index = "
+                f"{self.ignore_index}; relabel, or build the tracker with the classifier's num_classes"
+            )
