@@ -5,8 +5,8 @@
     python benchmarks/evidence.py run main zero-error regimes --data-dir DIR
     python benchmarks/evidence.py report main
 
-Every run is one call of `examples/cifar_lt.py` on one CPU thread, on real CIFAR-100-LT (`--preset small`). A finished run
-is one line of `benchmarks/results/evidence-STAGE.jsonl` and is never repeated; an interrupted one resumes from its
+Every run is one call of `examples/cifar_lt.py` on one CPU thread, on real CIFAR-100-LT (`--preset small`). A finished
+run is one line of `benchmarks/results/evidence-STAGE.jsonl` and is never repeated; an interrupted one resumes from its
 checkpoint in `--work-dir`. Variants of a stage share data, seeds and recipe, so gains are paired differences.
 
 Stages: `tune` and `regimes` train on 20 epochs and are scored on images held out of the training set; only `main` and
@@ -171,7 +171,7 @@ def report(name: str) -> str:
     lines = [
         f"Scored on: {scored_on}. Accuracy in percent at the last epoch; ± is the standard deviation over seeds.",
         "",
-        "| setting | variant | seeds | all | gain | many | medium | few | train | alignment (exact) | few (exact) | best |",
+        "| setting | variant | seeds | all | gain | many | medium | few | train | cosine | cosine, few | best |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for setting in stage.settings:
@@ -188,7 +188,7 @@ def report(name: str) -> str:
                 variant,
                 str(len(rows)),
                 mean_sd(list(last.values())),
-                "" if variant == baseline or not gains else mean_sd(gains).replace("-", "−"),
+                "" if variant == baseline or not gains else mean_sd(gains),
                 *groups,
                 mean_sd([r["train_accuracy"] for r in rows.values()]),
                 mean_sd([r["alignment_exact"]["all"] for r in rows.values()], 3),

@@ -35,7 +35,9 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument("--download", action="store_true", help="fetch the archive into --data-dir if it is not there")
     data.add_argument("--download-url", metavar="URL", help="a mirror; the official checksum must still match")
     data.add_argument("--imbalance", type=float, default=100.0, help="largest class over smallest (default 100)")
-    data.add_argument("--subset-seed", type=int, default=0, help="which images the subset holds (default 0, as published)")
+    data.add_argument(
+        "--subset-seed", type=int, default=0, help="which images the subset holds (default 0, as published)"
+    )
     data.add_argument(
         "--validation",
         type=int,

@@ -28,6 +28,10 @@ class Leaves(NamedTuple):
     direction: Tensor
     magnitude: Tensor | None
 
+    def sign(self) -> Tensor | float:
+        """Return -1 where a negative magnitude turns the classifier's row against ``direction``'s, 1 elsewhere."""
+        return 1.0 if self.magnitude is None else torch.where(full_tensor(self.magnitude) < 0, -1.0, 1.0)
+
 
 class Classifier:
     """Adapter that shows the weight of a linear classifier as (C, D) rows.
@@ -165,24 +169,30 @@ class Classifier:
         return leaves
 
     @torch.no_grad()
-    def write(self, new_CD: Tensor) -> None:
-        """Replace the rows, in place, by (C, D) values that every rank holds.
+    def write(self, new_CD: Tensor, changed_C: Tensor) -> None:
+        """Replace rows, in place, by values that every rank holds; unchanged rows keep every bit.
 
         Weight norm gets the directions into v, whose own norms stay, and the norms into g. Other parametrizations are
         assigned through their ``right_inverse``.
+
+        Args:
+            new_CD: (C, D), equal to :meth:`rows` where ``changed_C`` is False.
+            changed_C: (C,) bool.
         """
         if self._weight_norm_hook() is None and self._parametrized():
             found = self._parametrizations()
             if len(found) != 1 or not isinstance(found[0], _WeightNorm):
                 setattr(self.module, self.weight_name, self.as_stored(new_CD))
                 return
-        direction, magnitude = self.leaves()
+        leaves = self.leaves()
+        direction, magnitude = leaves
         stored = self.as_stored(new_CD)
         if magnitude is not None:
-            norm = torch.norm_except_dim(stored, 2, self.class_dim)
-            old = torch.norm_except_dim(full_tensor(direction), 2, self.class_dim)
-            magnitude.copy_(shard_like(norm, magnitude))
-            stored = stored * (old / norm.clamp(min=torch.finfo(norm.dtype).tiny))
+            changed, sign = self.as_stored(changed_C.unsqueeze(1)), leaves.sign()
+            norm, old = torch.norm_except_dim(stored, 2, self.class_dim), full_tensor(direction)
+            scale = sign * torch.norm_except_dim(old, 2, self.class_dim) / norm.clamp(min=torch.finfo(norm.dtype).tiny)
+            magnitude.copy_(shard_like(torch.where(changed, norm * sign, full_tensor(magnitude)), magnitude))
+            stored = torch.where(changed, stored * scale, old)
         direction.copy_(shard_like(stored, direction))
         hook = self._weight_norm_hook()
         if hook is not None:
@@ -207,7 +217,7 @@ class Classifier:
         return isinstance(self.module, nn.Module) and parametrize.is_parametrized(self.module, self.weight_name)
 
     def _parametrizations(self) -> parametrize.ParametrizationList:
-        lists = cast(nn.ModuleDict, self.module.parametrizations)
+        lists = cast(nn.ModuleDict, cast(nn.Module, self.module).parametrizations)
         return cast(parametrize.ParametrizationList, lists[self.weight_name])
 
     def _weight_norm_hook(self) -> "_OldWeightNorm | None":

@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 __all__ = [
     "BatchShare",
@@ -60,6 +61,11 @@ class RunningSums(NamedTuple):
 
     mean_sum: Tensor
     num_seen: Tensor
+
+    def refresh_(self, mean_CD: Tensor, weight_C: Tensor) -> None:
+        """Recompute both from the means (C, D) and weights (C,), O(C D). Rows of unseen classes are zero."""
+        self.mean_sum.copy_(mean_CD.sum(0, dtype=self.mean_sum.dtype))
+        self.num_seen.copy_((weight_C > 0).sum())
 
 
 class BatchShare(NamedTuple):
@@ -113,10 +119,11 @@ def _parse_batch(features: Tensor, targets: Tensor, num_classes: int, ignore_ind
     # A row sum is finite exactly when every entry is (or when it overflows, and with it the mean would).
     finite_N = torch.isfinite(h_ND.sum(1))
     if not targets.is_floating_point():
+        targets = targets.long()  # num_classes may not fit into uint8
         usable_N = (targets >= 0) & (targets < num_classes) & finite_N
         if 0 <= ignore_index < num_classes:
             usable_N = usable_N & (targets != ignore_index)
-        return _Batch(h_ND, usable_N.to(dtype), torch.where(usable_N, targets, 0).long())
+        return _Batch(h_ND, usable_N.to(dtype), torch.where(usable_N, targets, 0))
     # A row's floor is what label smoothing spreads over every class; it says nothing of the class, so it is subtracted
     # and the rest rescaled to the row's sum (pitfall D8). What a uniform row leaves is rounding noise: it weighs 0.
     q_NC = targets.to(dtype)
@@ -178,16 +185,15 @@ def _update_from_statistics_(
     has_C = batch_weight_C > 0
     first_C = has_C & (weight_C == 0)
     weight_C.add_(batch_weight_C)
+    part_C = torch.where(has_C, 1.0 / torch.where(has_C, batch_weight_C, 1.0), 0.0)
     if momentum is None:
-        rate_C = 1.0 / torch.where(has_C, weight_C, 1.0)
+        rate_C = torch.where(has_C, 1.0 / torch.where(has_C, weight_C, 1.0), 0.0)
     else:
-        rate_C = torch.where(first_C, 1.0, momentum) / torch.where(has_C, batch_weight_C, 1.0)
-    rate_C = torch.where(has_C, rate_C, 0.0)
+        rate_C = torch.where(first_C, part_C, momentum * part_C)
     delta_CD = (sum_CD - mean_CD * batch_weight_C.unsqueeze(1)).mul_(rate_C.unsqueeze(1))
     mean_CD.add_(delta_CD)
     if sums is not None:
-        sums.mean_sum.add_(delta_CD.sum(0))
-        sums.num_seen.add_(first_C.sum())
+        sums.refresh_(mean_CD, weight_C)
     return rate_C
 
 
@@ -195,7 +201,7 @@ def _update_from_rows_(
     mean_CD: Tensor,
     weight_C: Tensor,
     batch: _Batch,
-    index_N: Tensor,
+    labels_N: Tensor,
     momentum: float | None,
     sums: RunningSums | None,
     scratch_C: Tensor | None,
@@ -204,23 +210,31 @@ def _update_from_rows_(
     if scratch_C is None:
         scratch_C = torch.zeros_like(weight_C)
     # n_c of each sample's class: sums of ones are exact, so the order of the additions does not matter.
-    scratch_C.index_add_(0, index_N, batch.weight)
-    count_N = scratch_C.index_select(0, index_N)
-    scratch_C.index_fill_(0, index_N, 0.0)
+    scratch_C.index_add_(0, labels_N, batch.weight)
+    count_N = scratch_C.index_select(0, labels_N)
+    scratch_C.index_fill_(0, labels_N, 0.0)
     # All samples of a class write the same new weight. Adding their ones singly would stall at 2^24 in float32.
-    before_N = weight_C.index_select(0, index_N)
+    before_N = weight_C.index_select(0, labels_N)
     after_N = before_N + count_N
-    weight_C.index_copy_(0, index_N, after_N)
+    weight_C.index_copy_(0, labels_N, after_N)
     usable_N, first_N = batch.weight > 0, before_N == 0
-    rate_N = 1.0 / after_N if momentum is None else torch.where(first_N, 1.0, momentum) / count_N
-    rate_N = torch.where(usable_N, rate_N, 0.0)
+    part_N = torch.where(usable_N, 1.0 / count_N, 0.0)  # of its class's batch mean
+    if momentum is None:
+        rate_N = torch.where(usable_N, 1.0 / after_N, 0.0)
+    else:
+        rate_N = torch.where(first_N, part_N, momentum * part_N)
 
-    delta_ND = _zero_non_finite_(batch.h - mean_CD.index_select(0, index_N)).mul_(rate_N.unsqueeze(1))
-    mean_CD.index_add_(0, index_N, delta_ND)
+    before_ND = mean_CD.index_select(0, labels_N)
+    delta_ND = _zero_non_finite_(batch.h - before_ND).mul_(rate_N.unsqueeze(1))
+    mean_CD.index_add_(0, labels_N, delta_ND)
     if sums is not None:
-        sums.mean_sum.add_(delta_ND.sum(0))
-        # Each sample of a new class carries 1 / n_c of it; rounding makes the sum the integer that it is.
-        sums.num_seen.add_(torch.where(usable_N & first_N, 1.0 / count_N, 0.0).sum().round_())
+        # What the means really moved by, not what they should have: a mean that has converged stops a rounding error
+        # short, and adding up the steps it did not take would drift without bound.
+        moved_ND = mean_CD.index_select(0, labels_N).sub_(before_ND)
+        with _no_autocast(mean_CD):
+            sums.mean_sum.add_(torch.mv(moved_ND.t(), part_N))
+        # Rounding makes the sum of the shares of new classes the integer that it is.
+        sums.num_seen.add_((part_N * first_N).sum().round_())
     return rate_N
 
 
@@ -348,6 +362,7 @@ class _AttachFeatures(torch.autograd.Function):
         return mean_CD.clone()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_CD: Tensor) -> Any:
         rate, index = ctx.saved_tensors
         return None, BatchShare(rate, index).pull_back(grad_CD).to(ctx.dtype), None, None
@@ -393,11 +408,13 @@ def _inverse_norms(x_CD: Tensor, usable_C: Tensor, floor: float | Tensor = 0.0) 
 
 def _centered(mean_CD: Tensor, seen_C: Tensor, center_D: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return d_CD = mu - mu_G and 1 / |d_c|, 0 where the class has no direction."""
-    center_D = (global_mean(mean_CD, seen_C) if center_D is None else center_D).to(dtype)
-    d_CD = mean_CD.to(dtype) - center_D
-    # A difference of this size is the rounding of its terms: it points nowhere.
-    noise = (16 * torch.finfo(mean_CD.dtype).eps) ** 2 * (center_D * center_D).sum()
-    return d_CD, _inverse_norms(d_CD, seen_C, noise)
+    noise = 16 * torch.finfo(_math_dtype(mean_CD)).eps
+    mean_CD = mean_CD.to(dtype)
+    center_D = global_mean(mean_CD, seen_C) if center_D is None else center_D.to(dtype)
+    d_CD = mean_CD - center_D
+    # A difference of this size is the rounding of its terms: it points nowhere. So does that of a single class.
+    floor = noise**2 * (center_D * center_D).sum()
+    return d_CD, _inverse_norms(d_CD, seen_C & (seen_C.sum() > 1), floor)
 
 
 def _rows(weight_CD: Tensor, mean_CD: Tensor, seen_C: Tensor, center_D: Tensor | None) -> _Rows:
@@ -462,6 +479,7 @@ class _KnownGradient(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_value: Tensor) -> Any:
         grads: list[Tensor | None] = [None]
         for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True):
@@ -641,9 +659,10 @@ def slerp(
         sin_C = torch.sin(safe_C)
         from_C = torch.where(small_C, 1.0 - alpha_C, torch.sin((1.0 - alpha_C) * safe_C) / sin_C)
         to_C = torch.where(small_C, alpha_C, torch.sin(alpha_C * safe_C) / sin_C)
-        # from * |w| w_hat + to * |w| mu_hat, written without dividing and multiplying w by its norm.
-        to_C = to_C * rows.inv_d / torch.where(rows.valid, rows.inv_w, 1.0)
-        new_CD = _combine(rows.w, from_C, rows.d, to_C).to(weight_CD.dtype)
+        new_CD = _combine(u_CD, from_C, v_CD, to_C)
+        # Near pi the two terms nearly cancel, and rounding would show in the norm.
+        norm_C = _inverse_norms(new_CD, rotate_C) / torch.where(rotate_C, rows.inv_w, 1.0)
+        new_CD = (new_CD * norm_C.unsqueeze(1)).to(weight_CD.dtype)
         return RotatedRows(torch.where(rotate_C.unsqueeze(1), new_CD, weight_CD), rotate_C, antipodal_C)
 
 

@@ -139,13 +139,15 @@ class SpAProj(Optimizer):
 
     @torch.no_grad()
     def _project(self, optimizer: Optimizer) -> None:
-        direction, magnitude = self.classifier.leaves()
+        leaves = self.classifier.leaves()
+        direction, magnitude = leaves
         if direction.grad is None:
             if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
                 raise RuntimeError(
                     f"{self.classifier} has no gradient while other parameters have; expected one in weight.grad. If "
-                    "the classifier is unused in this step, leave it out of the optimizer; if a framework keeps gradients "
-                    "elsewhere (DeepSpeed: safe_get_full_grad), apply spalign.functional.project_gradient to them there"
+                    "the classifier is unused in this step, leave it out of the optimizer; if a framework keeps "
+                    "gradients elsewhere (DeepSpeed: safe_get_full_grad), apply spalign.functional.project_gradient "
+                    "to them there"
                 )
             return
         self.tracker._check_device("the classifier is", direction)
@@ -153,7 +155,11 @@ class SpAProj(Optimizer):
         # Sharded by rows, each rank projects the rows it holds; sharded otherwise, rows have to be put together first.
         by_rows = distributed.sharded_along(direction, self.classifier.class_dim)
         part = distributed.to_local if by_rows else distributed.full_tensor
-        mean_CD, seen_C1 = self.tracker.mean, self.tracker.seen.unsqueeze(1)
+        mean_CD, seen_C1, center_D = self.tracker.mean, self.tracker.seen.unsqueeze(1), self.tracker.center
+        sign = leaves.sign()
+        if isinstance(sign, Tensor):
+            # A row that points against its leaf is aligned by turning the leaf to the mirror image of the mean.
+            mean_CD = center_D + (mean_CD - center_D) * self.classifier.as_rows(sign)
         if by_rows:
             mean_CD, seen_C1 = self.classifier.localize(mean_CD), self.classifier.localize(seen_C1)
         projected_CD = functional.project_gradient(
@@ -163,7 +169,7 @@ class SpAProj(Optimizer):
             seen_C1[:, 0],
             gamma=self.gamma,
             radial=self.radial,
-            center_D=self.tracker.center,
+            center_D=center_D,
         )
         # In place: CUDA graphs and DDP's buckets know the gradient by its address (pitfall A17).
         if by_rows:
@@ -173,7 +179,7 @@ class SpAProj(Optimizer):
         if magnitude is not None and magnitude.grad is not None and self.radial == "paper":
             # Weight norm keeps the part of the gradient along the row in a leaf of its own.
             directed_C1 = self.tracker.directions().any(1, keepdim=True)
-            scale = self.classifier.as_stored(torch.where(directed_C1, self.gamma, 1.0).to(magnitude.dtype))
+            scale = self.classifier.as_stored(1.0 - (1.0 - self.gamma) * directed_C1.to(magnitude.dtype))
             distributed.to_local(magnitude.grad).mul_(distributed.to_local(distributed.shard_like(scale, magnitude)))
 
     def _check_held(self, optimizer: Optimizer, direction: Tensor) -> None:
@@ -194,12 +200,6 @@ class SpAProj(Optimizer):
     # ------------------------------------------------------------------------------------------------------------------
     # The optimizer
     # ------------------------------------------------------------------------------------------------------------------
-
-    def __getattribute__(self, name: str) -> Any:
-        # Reads through always: load_state_dict and trainers replace these on the wrapped optimizer (pitfall A3).
-        if name in _READ_THROUGH:
-            return getattr(object.__getattribute__(self, "optimizer"), name)
-        return object.__getattribute__(self, name)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -239,3 +239,14 @@ class SpAProj(Optimizer):
 
     def __repr__(self) -> str:
         return f"SpAProj({self.optimizer!r}, {self.classifier}, gamma={self.gamma}, radial={self.radial!r})"
+
+
+def _read_through(name: str) -> property:
+    """Read and write an attribute of the wrapped optimizer, which may be replaced there at any time (pitfall A3)."""
+    return property(
+        lambda self: getattr(self.optimizer, name), lambda self, value: setattr(self.optimizer, name, value)
+    )
+
+
+for _name in _READ_THROUGH:
+    setattr(SpAProj, _name, _read_through(_name))

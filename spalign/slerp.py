@@ -109,7 +109,7 @@ class SpASlerp:
             threshold=self.threshold,
             center_D=self.tracker.center,
         )
-        self.classifier.write(result.weight)
+        self.classifier.write(result.weight, result.rotated)
         self.last_step += 1
         self.num_rotated, self.num_antipodal = result.rotated.sum(), result.antipodal.sum()
 
@@ -126,7 +126,7 @@ class SpASlerp:
         last_step = state_dict.get("last_step")
         if isinstance(last_step, bool) or not isinstance(last_step, int) or last_step < 0:
             raise ValueError(
-                f"state_dict holds last_step = {last_step!r}, expected a count; load what SpASlerp.state_dict() returned"
+                f"state_dict holds last_step = {last_step!r}, expected a count; load what state_dict() returned"
             )
         self.last_step = last_step
 

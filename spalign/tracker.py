@@ -177,8 +177,7 @@ class ClassMeanTracker(nn.Module):
         """Set the training mode. Leaving it sums the class means afresh, which keeps rounding out of ``center``."""
         if self.training and not mode:
             with torch.no_grad():
-                self.mean_sum.copy_(self.mean.sum(0, dtype=torch.float64))
-                self.num_seen.copy_(self.seen.sum())
+                RunningSums(self.mean_sum, self.num_seen).refresh_(self.mean, self.weight)
         return super().train(mode)
 
     def extra_repr(self) -> str:

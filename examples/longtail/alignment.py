@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 import spalign
 
@@ -28,13 +28,13 @@ class AlignmentOptions:
     """
 
     spareg: float = 0.0
-    spareg_align: str = "both"
+    spareg_align: Literal["both", "classifier", "features"] = "both"
     spaslerp: bool = False
     alpha_max: float = 0.1
     threshold: float = 0.95
     spaproj: bool = False
     gamma: float = 0.1
-    radial: str = "paper"
+    radial: Literal["paper", "keep"] = "paper"
     momentum: float = 0.1
 
     @property
@@ -68,7 +68,7 @@ class Alignment:
                 threshold=options.threshold,
             )
 
-    def wrap(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    def wrap(self, optimizer: Optimizer) -> Optimizer:
         """Return the optimizer to use: with SpA-Proj, one that projects the classifier's gradient first."""
         if not self.options.spaproj:
             return optimizer
@@ -106,9 +106,9 @@ class Alignment:
             tracker: read these class means instead of the running ones.
         """
         tracker = tracker or self.tracker
-        weight_CD = self.classifier.weight.detach()
+        weight_CD = self.classifier.weight
         assert isinstance(weight_CD, Tensor)
-        return spalign.functional.alignment(weight_CD, tracker.mean, tracker.seen), tracker.seen
+        return spalign.functional.alignment(weight_CD.detach(), tracker.mean, tracker.seen), tracker.seen
 
     def state_dict(self) -> dict[str, Any]:
         return {

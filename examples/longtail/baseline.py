@@ -46,15 +46,19 @@ class Baseline(Protocol):
 
     Attributes:
         name: for reports.
-        model: everything that is trained and saved.
-        classifier: the head that class means are aligned with, the one used at test time.
         steps_per_epoch: how many batches `batches` yields.
     """
 
     name: str
-    model: nn.Module
-    classifier: nn.Module
     steps_per_epoch: int
+
+    @property
+    def model(self) -> nn.Module:
+        """Everything that is trained and saved."""
+
+    @property
+    def classifier(self) -> nn.Module:
+        """The head that class means are aligned with: the one used at test time."""
 
     def batches(self, epoch: int, generator: torch.Generator) -> Iterator[Batch]:
         """Yield the epoch's batches; all randomness comes from the CPU `generator`."""

@@ -55,8 +55,8 @@ class CrossEntropy:
         """Yield every image once, in random order; with mixup, soft labels (N, C)."""
         images = self.train_set
         draws = draw_epoch(len(images), images.padding, generator, images.device)
-        shares, partners = self._draw_mixup(generator) if self.mixup else ([], [])
-        num_classes = self.classifier.out_features
+        if self.mixup:
+            shares, partner_of = self._draw_mixup(generator)
         for step in range(self.steps_per_epoch):
             part = slice(step * self.batch_size, (step + 1) * self.batch_size)
             index_N = draws.order[part]
@@ -66,16 +66,18 @@ class CrossEntropy:
                 images_N3RR = images.plain(index_N)
             targets = images.labels_N[index_N]
             if self.mixup:
-                one_hot_NC = F.one_hot(targets, num_classes).to(torch.float32)
-                images_N3RR, targets = mix(images_N3RR, one_hot_NC, partners[step].to(images.device), shares[step])
+                one_hot_NC = F.one_hot(targets, self.classifier.out_features).to(torch.float32)
+                images_N3RR, targets = mix(images_N3RR, one_hot_NC, partner_of[part], shares[step])
             yield Batch(images_N3RR, targets)
 
-    def _draw_mixup(self, generator: torch.Generator) -> tuple[list[float], list[Tensor]]:
+    def _draw_mixup(self, generator: torch.Generator) -> tuple[list[float], Tensor]:
+        """Return each batch's share, and for each position of the epoch its partner's position in the same batch."""
+        # PyTorch's Beta takes no generator, so numpy draws it from a seed that the generator draws.
         seed = int(torch.randint(2**62, (), generator=generator))
         shares = np.random.default_rng(seed).beta(self.mixup, self.mixup, self.steps_per_epoch).tolist()
-        last = len(self.train_set) - (self.steps_per_epoch - 1) * self.batch_size
-        sizes = [self.batch_size] * (self.steps_per_epoch - 1) + [last]
-        return shares, [torch.randperm(size, generator=generator) for size in sizes]
+        sizes = [len(part) for part in torch.split(torch.arange(len(self.train_set)), self.batch_size)]
+        partner_of = torch.cat([torch.randperm(size, generator=generator) for size in sizes])
+        return shares, partner_of.to(self.train_set.device)
 
     def step(self, batch: Batch, epoch: int) -> Step:
         logits_NC, features_ND = self.predict(batch.images)

@@ -14,7 +14,7 @@ import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -73,9 +73,9 @@ class _ArrayUnpickler(pickle.Unpickler):
     A pickle may name any callable, so loading a foreign one runs foreign code; CIFAR's files need only these.
     """
 
-    _reconstruct = np.empty(0).__reduce__()[0]  # type: ignore[index]
-    _frombuffer = np.empty(0).__reduce_ex__(5)[0]  # type: ignore[index]
-    _allowed: dict[tuple[str, str], Any] = {
+    _reconstruct = np.empty(0).__reduce__()[0]
+    _frombuffer = np.empty(0).__reduce_ex__(5)[0]
+    _allowed: ClassVar[dict[tuple[str, str], Any]] = {
         ("numpy", "ndarray"): np.ndarray,
         ("numpy", "dtype"): np.dtype,
         ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
@@ -192,13 +192,16 @@ def download(dataset: str, data_dir: Path, *, url: str | None = None, md5: str |
 
     Raises:
         ValueError: the checksum differs, or the archive does not hold the data set's folder.
-        OSError: the server cannot be reached.
+        OSError: the server cannot be reached, or the target cannot be written.
     """
     archive = ARCHIVES[dataset]
     try:
         return find_folder(dataset, data_dir)
     except FileNotFoundError:
         pass
+    target = data_dir / archive.folder
+    if target.exists():
+        raise ValueError(f"{target} is there but incomplete: remove it, then --download can fetch the archive")
     url, md5 = url or archive.url, md5 or archive.md5
     data_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=data_dir, prefix=".download-") as temporary:
@@ -210,12 +213,15 @@ def download(dataset: str, data_dir: Path, *, url: str | None = None, md5: str |
                 f"{url} has MD5 {found}, expected {md5}: the download is damaged or another file. Nothing was kept; "
                 "try again, or fetch the archive by hand and set --data-dir."
             )
-        with tarfile.open(packed) as tar:
-            tar.extractall(temporary, filter="data")
+        try:
+            with tarfile.open(packed) as tar:
+                tar.extractall(temporary, filter="data")
+        except tarfile.TarError as error:
+            raise ValueError(f"{url} cannot be unpacked ({error}): it is not the {dataset} python archive") from error
         unpacked = Path(temporary) / archive.folder
         if not unpacked.is_dir():
             raise ValueError(f"{url} holds no folder {archive.folder}: it is not the {dataset} python archive")
-        os.replace(unpacked, data_dir / archive.folder)
+        os.replace(unpacked, target)
     return find_folder(dataset, data_dir)
 
 
@@ -303,8 +309,8 @@ def shot_groups(counts: Sequence[int]) -> dict[str, list[int]]:
 def reduce_resolution(images: Images, resolution: int) -> Images:
     """Average square areas so that (N, 3, 32, 32) becomes (N, 3, resolution, resolution), rounded to uint8."""
     size = images.shape[-1]
-    if resolution < 4 or size % resolution:
-        raise ValueError(f"resolution is {resolution}; it must divide {size}: use 32, 16, 8 or 4")
+    if resolution < 8 or size % resolution:
+        raise ValueError(f"resolution is {resolution}; it must divide {size}: use 32, 16 or 8")
     if resolution == size:
         return images
     area = size // resolution
@@ -368,5 +374,3 @@ def load_dataset(
         groups=shot_groups(counts),
         fingerprint=hashlib.sha256(train_images.tobytes() + train_labels.tobytes()).hexdigest()[:16],
     )
-
-

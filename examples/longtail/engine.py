@@ -23,10 +23,10 @@ from .augment import ImageSet
 from .baseline import Baseline
 from .ce import CrossEntropy
 from .checkpoint import load_checkpoint, save_checkpoint
-from .data import MEAN, STD, Dataset, load_dataset, find_folder
-from .networks import CifarResNet, channels_last
+from .data import MEAN, STD, Images, Labels, find_folder, load_dataset
+from .networks import CifarResNet, store_channels_last
 from .recipes import Schedule
-from .reporting import Figures, Reporter, accuracy_figures, closing_table, group_means, read_records, write_result
+from .reporting import Figures, Reporter, accuracy_figures, closing_table, group_means, write_result
 from .settings import Settings, check_same
 
 AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -75,10 +75,9 @@ class Trainer:
         self.eval_set = self._image_set(self.data.eval_images, self.data.eval_labels, padding=0)
         self.baseline: Baseline = self._build_baseline()
         self.alignment = Alignment(self.baseline.classifier, settings.alignment, epochs=recipe.epochs)
-        parameters = [parameter for parameter in self.baseline.model.parameters() if parameter.requires_grad]
-        self.parameters = parameters
+        self.parameters = [parameter for parameter in self.baseline.model.parameters() if parameter.requires_grad]
         sgd = torch.optim.SGD(
-            parameters, lr=recipe.lr, momentum=recipe.sgd_momentum, weight_decay=recipe.weight_decay
+            self.parameters, lr=recipe.lr, momentum=recipe.sgd_momentum, weight_decay=recipe.weight_decay
         )
         self.optimizer = self.alignment.wrap(sgd)
         self.schedule = Schedule(
@@ -94,9 +93,7 @@ class Trainer:
         self.record: dict[str, Any] = {}
 
         self.folder.mkdir(parents=True, exist_ok=True)
-        note = ""
-        if settings.resume:
-            note = self._resume() if self.checkpoint_path.exists() else f"no checkpoint in {self.folder}: starting fresh"
+        note = self._resume() if settings.resume and self.checkpoint_path.exists() else self._start_fresh()
         self.reporter = Reporter(
             self.folder,
             epochs=recipe.epochs,
@@ -104,12 +101,11 @@ class Trainer:
             tensorboard=settings.tensorboard,
             quiet=settings.quiet,
         )
-        if note:
-            self.reporter.note(note)
+        self.reporter.note(note)
 
     # --- building -----------------------------------------------------------------------------------------------------
 
-    def _image_set(self, images: np.ndarray, labels: np.ndarray, padding: int | None = None) -> ImageSet:
+    def _image_set(self, images: Images, labels: Labels, padding: int | None = None) -> ImageSet:
         return ImageSet(
             torch.from_numpy(images), torch.from_numpy(labels), device=self.device, mean=MEAN, std=STD, padding=padding
         )
@@ -119,7 +115,7 @@ class Trainer:
         torch.manual_seed(settings.seed)
         model = CifarResNet(self.data.num_classes, depth=recipe.depth, width=recipe.width).to(self.device)
         if recipe.channels_last:
-            channels_last(model)
+            store_channels_last(model)
         if settings.compile:
             model.backbone.compile()
         return CrossEntropy(
@@ -146,9 +142,11 @@ class Trainer:
         """
         epochs = self.settings.recipe.epochs
         stop = epochs if self.settings.stop_after_epochs is None else self.epoch + self.settings.stop_after_epochs
-        while self.epoch < min(stop, epochs):
-            self._run_epoch()
-        self.reporter.close()
+        try:
+            while self.epoch < min(stop, epochs):
+                self._run_epoch()
+        finally:
+            self.reporter.close()
         if self.epoch < epochs:
             self.reporter.note(f"stopped after epoch {self.epoch} of {epochs}; continue with --resume")
             return None
@@ -199,8 +197,9 @@ class Trainer:
                 if penalty is not None:
                     loss = loss + settings.alignment.spareg * penalty
                     penalty_sum += penalty.detach() * len(part)
-                scaler.scale(loss * (len(part) / len(batch))).backward()
+                torch.autograd.backward(scaler.scale(loss * (len(part) / len(batch))))
                 loss_sum += out.loss.detach() * len(part)
+                # Of a mixed label, the class with the larger share counts as the right one.
                 targets_N = out.targets if out.targets.ndim == 1 else out.targets.argmax(dim=1)
                 correct += (out.logits.detach().argmax(dim=1) == targets_N).sum()
                 images += len(part)
@@ -210,10 +209,12 @@ class Trainer:
             scaler.step(optimizer)
             scaler.update()
         loss_mean, penalty_mean = float(loss_sum) / images, float(penalty_sum) / images
-        if not np.isfinite(loss_mean + penalty_mean):
+        weights_finite = torch.stack([parameter.detach().isfinite().all() for parameter in self.parameters]).all()
+        if not (np.isfinite(loss_mean + penalty_mean) and weights_finite):
             raise TrainingError(
-                f"the loss is {loss_mean} (SpA-Reg {penalty_mean}) in epoch {self.epoch + 1}: lower --lr, lengthen "
-                "--warmup-epochs or set --clip-norm; the checkpoint of the epoch before is kept"
+                f"the loss or a weight is no longer finite in epoch {self.epoch + 1} (mean loss {loss_mean}, SpA-Reg "
+                f"{penalty_mean}): lower --lr, lengthen --warmup-epochs or set --clip-norm; the checkpoint of the "
+                "epoch before is kept"
             )
         return {
             "lr": lr,
@@ -235,7 +236,7 @@ class Trainer:
         correct_C = torch.zeros(self.data.num_classes, dtype=torch.int64, device=self.device)
         # Small enough for a CPU's cache, large enough to keep a GPU busy.
         batch_size = 500 if self.device.type == "cpu" else 2500
-        for index_N in torch.arange(len(images), device=self.device).split(batch_size):
+        for index_N in torch.split(torch.arange(len(images), device=self.device), batch_size):
             with self._autocast() if tracker is None else contextlib.nullcontext():
                 logits_NC, features_ND = self.baseline.predict(images.plain(index_N))
             labels_N = images.labels_N[index_N]
@@ -276,6 +277,14 @@ class Trainer:
             "torch_generator": torch.get_rng_state(),
             "cuda_generator": torch.cuda.get_rng_state(self.device) if cuda else None,
         }
+
+    def _start_fresh(self) -> str:
+        """Remove what another run left, or else a run killed in its first epoch would resume from that one's state."""
+        for path in (self.checkpoint_path, self.folder / "result.json", *self.folder.glob("tensorboard/events.out.*")):
+            path.unlink(missing_ok=True)
+        return (
+            f"no checkpoint in {self.folder}: starting fresh" if self.settings.resume else f"writing to {self.folder}"
+        )
 
     def _resume(self) -> str:
         state = load_checkpoint(self.checkpoint_path, self.device)

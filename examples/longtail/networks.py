@@ -93,6 +93,6 @@ def num_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def channels_last(module: nn.Module) -> nn.Module:
-    """Return the module with its four-dimensional parameters stored channels last, in place."""
-    return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+def store_channels_last(module: nn.Module) -> None:
+    """Store the module's four-dimensional parameters channels last, in place."""
+    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -67,7 +67,8 @@ class Reporter:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_epoch + 1)  # type: ignore[no-untyped-call]
+            # What an interrupted run wrote after its last checkpoint is purged.
+            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_epoch + 1)
 
     def steps(self, batches: Iterable[T], total: int, epoch: int) -> Iterator[T]:
         """Pass the batches through, moving a progress bar where there is a terminal."""
@@ -104,13 +105,13 @@ class Reporter:
 
 
 def row(figures: Mapping[str, float | None], form: str) -> str:
-    """Format `all (many/medium/few)`; of accuracies, `all` is the balanced one, which a balanced test set has anyway."""
+    """Format `all (many/medium/few)`, see `cells`."""
     first, *rest = cells(figures, form)
     return f"{first} ({'/'.join(rest)})"
 
 
 def cells(figures: Mapping[str, float | None], form: str) -> list[str]:
-    """Format all, many, medium, few; the balanced accuracy stands for all where there is one."""
+    """Format all, many, medium, few; of accuracies, the balanced one stands for all (a test set has both equal)."""
     values = [figures.get("balanced", figures["all"]), *(figures[group] for group in ("many", "medium", "few"))]
     return ["-" if value is None else format(value, form) for value in values]
 
@@ -128,13 +129,8 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     """Read a JSON-lines file; a last line that a kill cut short is dropped, a missing file is empty."""
     if not path.exists():
         return []
-    records = []
-    for line in path.read_text().splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
+    complete, _, _ = path.read_text().rpartition("\n")
+    return [json.loads(line) for line in complete.splitlines()]
 
 
 def write_result(path: Path, result: Mapping[str, Any]) -> None:
@@ -160,5 +156,3 @@ def closing_table(result: Mapping[str, Any]) -> str:
     lines[2] += f"   (best {best['balanced']:.2f}, epoch {best['epoch']})"
     lines.append(f"training accuracy, no augmentation: {result['train_accuracy']:.2f}")
     return "\n".join(lines)
-
-

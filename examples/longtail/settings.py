@@ -14,16 +14,28 @@ from .alignment import AlignmentOptions
 from .data import ARCHIVES
 from .recipes import Recipe
 
+WHERE_AND_HOW = (
+    "data_dir",
+    "output_dir",
+    "device",
+    "threads",
+    "resume",
+    "overwrite",
+    "tensorboard",
+    "quiet",
+    "stop_after_epochs",
+)
+
 
 @dataclass(frozen=True)
 class Settings:
-    """One run. The fields up to `amp` decide its outcome; those after it say where and how it is carried out.
+    """One run. `WHERE_AND_HOW` names the fields that say where and how it is done; the others decide its outcome.
 
     Attributes:
         dataset: `cifar10` or `cifar100`.
         imbalance: size of the largest class over the smallest.
         subset_seed: of the choice of images.
-        validation: hold out up to this many training images per class and evaluate on them; 0 evaluates on the test set.
+        validation: evaluate on up to this many held-out training images per class; 0: on the test set.
         recipe_name, recipe: network, optimizer, schedule.
         augment: random crop and flip.
         frozen_head: never train the classifier.
@@ -86,12 +98,8 @@ class Settings:
         )
         _check("mixup", recipe.mixup, 0 <= recipe.mixup < math.inf, "alpha of Beta(alpha, alpha), or 0")
         _check("clip-norm", self.clip_norm, 0 <= self.clip_norm < math.inf, "more than 0, or 0 for no clipping")
-        _check(
-            "accumulate",
-            self.accumulate,
-            1 <= self.accumulate <= recipe.batch_size // 2,
-            f"1 .. {recipe.batch_size // 2}, so that every part of a batch of {recipe.batch_size} has 2 images",
-        )
+        good = 1 <= self.accumulate <= recipe.batch_size
+        _check("accumulate", self.accumulate, good, f"1 to the batch size, {recipe.batch_size}")
         _check("amp", self.amp, self.amp in ("off", "bf16", "fp16"), "off, bf16 or fp16")
         _check("threads", self.threads, self.threads is None or self.threads >= 1, "1 or more")
         stop = self.stop_after_epochs
@@ -106,7 +114,9 @@ class Settings:
         _check("momentum", alignment.momentum, 0 < alignment.momentum <= 1, "more than 0, at most 1")
         if self.frozen_head:
             if alignment.spaslerp or alignment.spaproj:
-                raise ValueError("--spaslerp and --spaproj act on the classifier, which --frozen-head fixes: leave one out")
+                raise ValueError(
+                    "--spaslerp and --spaproj act on the classifier, which --frozen-head fixes: leave one out"
+                )
             if alignment.spareg and alignment.spareg_align == "classifier":
                 raise ValueError(
                     "--spareg-align classifier has nothing to pull with --frozen-head: use --spareg-align features"
@@ -117,17 +127,7 @@ class Settings:
     def outcome(self) -> dict[str, Any]:
         """Return the options that decide the outcome, by the names that the command line uses, as plain values."""
         options = asdict(self)
-        for name in (
-            "device",
-            "threads",
-            "data_dir",
-            "output_dir",
-            "resume",
-            "overwrite",
-            "tensorboard",
-            "quiet",
-            "stop_after_epochs",
-        ):
+        for name in WHERE_AND_HOW:
             del options[name]
         recipe, alignment = options.pop("recipe"), options.pop("alignment")
         recipe["milestones"] = [list(milestone) for milestone in recipe["milestones"]]

@@ -1,0 +1,501 @@
+#!/usr/bin/env python3
+"""Measure what spalign costs, as ratios against yardsticks timed in the same run.
+
+    python benchmarks/overhead.py
+    python benchmarks/overhead.py --threads 2 --output DIR
+    python benchmarks/overhead.py --device cuda
+
+Four measurements, each with its goal: the tracker's update against a per-class Python loop; its cost by the number of
+classes; the functions that touch every classifier row against one copy of a C x D matrix, with what they allocate;
+and the whole method against a training step of a CIFAR ResNet-32.
+
+Candidates of one measurement take turns (a rotation of them each round, each timed over as many calls as fill some
+milliseconds) and the medians over rounds are divided, so a slow spell of the machine meets all of them. Labels are
+long-tailed (largest class 100 times the smallest) and new in every call; features stay the same tensor, as recently
+written as in training. Every tracker is warm: no class is new.
+
+Writes `DATE-overhead-DEVICE.json` and `.md` to the output folder. Exit code 0 whether or not goals are met.
+
+Shapes: N samples, C classes, D feature dimensions; a `copy` is `a.copy_(b)` of float32 (C, D).
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import spalign
+from spalign import functional
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "examples"))
+from longtail.networks import CifarResNet  # noqa: E402
+
+Call = Callable[[], object]
+MODES: dict[str, float | None] = {"EMA": 0.1, "cumulative": None}
+STEPS_PER_EPOCH = 85  # CIFAR-100-LT, imbalance 100, batches of 128
+
+
+@dataclass
+class Row:
+    """One line of the report.
+
+    Attributes:
+        measure: section of the report.
+        name: what was measured.
+        value: the ratio, in `unit`.
+        unit: what the ratio is of.
+        goal: bound on the value; None where there is none.
+        at_least: whether the goal is a lower bound.
+        milliseconds: median time of one call of each thing that the ratio was made from.
+    """
+
+    measure: str
+    name: str
+    value: float
+    unit: str
+    goal: float | None = None
+    at_least: bool = False
+    milliseconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def verdict(self) -> str:
+        if self.goal is None:
+            return ""
+        return "met" if (self.value >= self.goal if self.at_least else self.value <= self.goal) else "MISSED"
+
+    def cells(self) -> tuple[str, str, str, str]:
+        goal = "" if self.goal is None else f"{'>=' if self.at_least else '<='} {self.goal:g} {self.unit}"
+        value = f"{self.value:.3g}" if self.value < 100 else f"{self.value:.0f}"
+        return self.name, goal, f"{value} {self.unit}", self.verdict
+
+
+class Clock:
+    """Times interleaved candidates on one device."""
+
+    def __init__(self, device: torch.device, rounds: int) -> None:
+        self.device = device
+        self.rounds = rounds
+
+    def once(self, call: Call, repeats: int) -> float:
+        """Return seconds per call."""
+        if self.device.type == "cuda":
+            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            torch.cuda.synchronize(self.device)
+            start.record()
+            for _ in range(repeats):
+                call()
+            stop.record()
+            torch.cuda.synchronize(self.device)
+            return start.elapsed_time(stop) / 1e3 / repeats
+        begin = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        return (time.perf_counter() - begin) / repeats
+
+    def medians(self, calls: dict[str, Call], what: str, at_least_s: float = 4e-3) -> dict[str, float]:
+        """Return the median seconds of one call of each candidate, after warming each up."""
+        repeats = {}
+        for name, call in calls.items():
+            self.once(call, 2)
+            repeats[name] = max(1, min(1000, round(at_least_s / max(self.once(call, 1), 1e-7))))
+        seconds: dict[str, list[float]] = {name: [] for name in calls}
+        order = list(calls)
+        for _ in tqdm(range(self.rounds), desc=what, leave=False, disable=None):
+            for name in order:
+                seconds[name].append(self.once(calls[name], repeats[name]))
+            order.append(order.pop(0))
+        return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def milliseconds(seconds: dict[str, float], *names: str) -> dict[str, float]:
+    return {name: 1e3 * seconds[name] for name in names}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def label_batches(n: int, c: int, count: int, device: torch.device) -> list[Tensor]:
+    """Return `count` batches of n labels of a long tail over c classes, the largest 100 times the smallest."""
+    frequency_C = 100.0 ** -torch.linspace(0, 1, c, dtype=torch.float64)
+    cumulative_C = torch.cumsum(frequency_C / frequency_C.sum(), 0)
+    labels = torch.searchsorted(cumulative_C, torch.rand(count, n, dtype=torch.float64)).clamp(max=c - 1)
+    # Class indices say nothing of class sizes in real data.
+    return list(torch.randperm(c)[labels].to(device).unbind())
+
+
+def warm_tracker(c: int, d: int, momentum: float | None, device: torch.device) -> spalign.ClassMeanTracker:
+    """Return a tracker that has seen every class, with all of its memory in use."""
+    tracker = spalign.ClassMeanTracker(c, d, momentum=momentum, device=device)
+    with torch.no_grad():
+        tracker.mean.normal_()
+        tracker.weight.fill_(100.0)
+        tracker.mean_sum.copy_(tracker.mean.sum(0, dtype=torch.float64))
+        tracker.num_seen.fill_(c)
+    return tracker
+
+
+class Cycle:
+    """Calls a function with the next of several batches of labels each time."""
+
+    def __init__(self, function: Callable[[Tensor], object], batches: Sequence[Tensor]) -> None:
+        self.function, self.batches, self.next = function, batches, 0
+
+    def __call__(self) -> None:
+        self.function(self.batches[self.next])
+        self.next = (self.next + 1) % len(self.batches)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Measurements
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def python_loop(mean_CD: Tensor, visited_C: Tensor, h_ND: Tensor, y_N: Tensor, momentum: float) -> None:
+    """Move class means as a training script would that has not thought about it."""
+    for c in y_N.unique():
+        mask = y_N == c
+        batch_mean = h_ND[mask].mean(0)
+        if visited_C[c]:
+            mean_CD[c].lerp_(batch_mean, momentum)
+        else:
+            mean_CD[c] = batch_mean
+            visited_C[c] = True
+
+
+def measure_tracker(clock: Clock, quick: bool) -> list[Row]:
+    """Time `ClassMeanTracker.update` against the loop, which is the cheaper EMA one for both modes."""
+    rows = []
+    for n, c, d, goal in ((128, 100, 64, 30.0), (256, 1000, 2048, 7.0), (1024, 8142, 2048, 7.0)):
+        if quick and c > 1000:
+            continue
+        h_ND, batches = torch.randn(n, d, device=clock.device), label_batches(n, c, 16, clock.device)
+        mean_CD = torch.randn(c, d, device=clock.device)
+        visited_C = torch.ones(c, dtype=torch.bool, device=clock.device)
+        calls: dict[str, Call] = {
+            "loop": Cycle(lambda y, m=mean_CD, v=visited_C, h=h_ND: python_loop(m, v, h, y, 0.1), batches)  # type: ignore[misc]
+        }
+        for mode, momentum in MODES.items():
+            tracker = warm_tracker(c, d, momentum, clock.device)
+            calls[mode] = Cycle(lambda y, t=tracker, h=h_ND: t.update(h, y), batches)  # type: ignore[misc]
+        with torch.no_grad():
+            seconds = clock.medians(calls, f"tracker {n, c, d}")
+        rows += [
+            Row(
+                "tracker update over a per-class Python loop",
+                f"{mode}, (N, C, D) = {n, c, d}",
+                seconds["loop"] / seconds[mode],
+                "times faster",
+                goal,
+                at_least=True,
+                milliseconds=milliseconds(seconds, mode, "loop"),
+            )
+            for mode in MODES
+        ]
+    return rows
+
+
+def measure_scaling(clock: Clock, quick: bool) -> list[Row]:
+    """Time `ClassMeanTracker.update` by the number of classes."""
+    n, d, sizes = 1024, 128, (1_000, 10_000, 100_000) if quick else (1_000, 10_000, 100_000, 1_000_000)
+    h_ND = torch.randn(n, d, device=clock.device)
+    calls: dict[str, Call] = {}
+    for c in sizes:
+        batches = label_batches(n, c, 256, clock.device)  # many, or a cache would hold the few rows that they touch
+        for mode, momentum in MODES.items():
+            tracker = warm_tracker(c, d, momentum, clock.device)
+            calls[f"{mode} {c:.0e}"] = Cycle(lambda y, t=tracker: t.update(h_ND, y), batches)  # type: ignore[misc]
+    seconds = clock.medians(calls, "tracker by C")
+    first, last = f"{sizes[0]:.0e}", f"{sizes[-1]:.0e}"
+    return [
+        Row(
+            f"tracker update by C, N = {n}, D = {d}",
+            f"{mode}, C = {sizes[-1]:,} over C = {sizes[0]:,}",
+            seconds[f"{mode} {last}"] / seconds[f"{mode} {first}"],
+            "times the cost",
+            goal,
+            milliseconds=milliseconds(seconds, *(name for name in calls if name.startswith(mode))),
+        )
+        for mode, goal in (("EMA", 2.0), ("cumulative", 1.5))
+    ]
+
+
+def large_allocations(call: Call, size: int, device: torch.device) -> tuple[int, float]:
+    """Return how many tensors of at least `size` bytes one call allocates, and its peak of new memory in such sizes."""
+    call()
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        result = call()
+        del result
+    results: Any = profile.profiler
+    events = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
+    on_device = [event for event in events if event.device_type().name == device.type.upper()]
+    held = peak = 0
+    for event in sorted(on_device, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return sum(event.nbytes() >= size for event in on_device), peak / size
+
+
+def measure_rows(clock: Clock, quick: bool) -> list[Row]:
+    """Time the functions of every classifier row, compiled and eager, against one copy, and count what they allocate."""
+    c, d = (1000, 2048) if quick else (8142, 2048)
+    tracker = warm_tracker(c, d, 0.1, clock.device)
+    mean_CD, seen_C, center_D = tracker.mean, tracker.seen, tracker.center
+    weight_CD, grad_CD, other_CD = (torch.randn(c, d, device=clock.device) for _ in range(3))
+    # What is written back must not change the rows: every call has to do the same work.
+    alpha = torch.tensor(0.05, device=clock.device)
+
+    def regularizer() -> object:
+        return functional.alignment_loss_and_grad(weight_CD, mean_CD, seen_C, center_D=center_D)
+
+    def projection() -> object:
+        return functional.project_gradient(grad_CD, weight_CD, mean_CD, seen_C, gamma=0.5, center_D=center_D)
+
+    def rotation() -> object:
+        return functional.slerp(weight_CD, mean_CD, seen_C, alpha=alpha, threshold=0.95, center_D=center_D)
+
+    def regularizer_added() -> object:
+        loss, by_weight_CD = functional.alignment_loss_and_grad(weight_CD, mean_CD, seen_C, center_D=center_D)
+        other_CD.add_(0.1 * by_weight_CD)
+        return loss
+
+    def projection_written() -> object:
+        projected_CD = functional.project_gradient(grad_CD, weight_CD, mean_CD, seen_C, gamma=0.5, center_D=center_D)
+        return other_CD.copy_(projected_CD)
+
+    def rotation_written() -> object:
+        result = functional.slerp(weight_CD, mean_CD, seen_C, alpha=alpha, threshold=0.95, center_D=center_D)
+        other_CD.copy_(result.weight)
+        return result.rotated, result.antipodal
+
+    functions: dict[str, tuple[Call, float]] = {
+        "regulariser and gradient": (regularizer, 4.5),
+        "projection": (projection, 3.0),
+        "SLERP": (rotation, 5.0),
+    }
+    in_place: dict[str, Call] = {
+        "regulariser, gradient added in place": regularizer_added,
+        "projection, written in place": projection_written,
+        "SLERP, written in place": rotation_written,
+    }
+    compiled: dict[str, Call] = {}
+    for name, call in {**{name: call for name, (call, _) in functions.items()}, **in_place}.items():
+        tqdm.write(f"compiling: {name}", file=sys.stderr)
+        compiled[name] = torch.compile(call, fullgraph=True, dynamic=False)
+        compiled[name]()
+    copy: dict[str, Call] = {"copy": lambda: other_CD.copy_(grad_CD)}
+    with torch.no_grad():
+        seconds = clock.medians({**copy, **compiled}, "rows, compiled")
+        eager = {f"{name}, eager": call for name, (call, _) in functions.items()}
+        slow = Clock(clock.device, max(3, clock.rounds // 3)).medians({**copy, **eager}, "rows, eager")
+
+    on_cpu = clock.device.type == "cpu"
+    time_of, memory_of = f"time at C = {c}, D = {d}", f"allocations at C = {c}, D = {d}"
+    times, allocations = [], []
+    for name, call in {**compiled, **eager}.items():
+        taken = seconds if name in compiled else slow
+        goal = functions[name][1] if name in functions and on_cpu else None
+        label = f"{name}, compiled" if name in compiled else name
+        ratio = taken[name] / taken["copy"]
+        times.append(Row(time_of, label, ratio, "copies", goal, milliseconds=milliseconds(taken, name, "copy")))
+        count, peak = large_allocations(call, 4 * c * d, clock.device)
+        goal = 1.0 if name in functions else None
+        allocations.append(Row(memory_of, label, count, f"C x D tensors (peak {peak:.2f})", goal))
+    return times + allocations
+
+
+class NoOptimizer(torch.optim.Optimizer):
+    """Steps nothing, so that what remains of a wrapped step is the wrapper."""
+
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
+        pass
+
+
+def measure_step(clock: Clock) -> list[Row]:
+    """Time each part of the method by itself, through the public classes, against a training step of ResNet-32."""
+    n, c = 128, 100
+    model = CifarResNet(c).to(clock.device).train()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+    images_N3HW, batches = torch.randn(n, 3, 32, 32, device=clock.device), label_batches(n, c, 16, clock.device)
+
+    def step(y_N: Tensor) -> None:
+        sgd.zero_grad()
+        F.cross_entropy(model(images_N3HW), y_N).backward()  # type: ignore[no-untyped-call]
+        sgd.step()
+
+    # A layer of its own: the method's cost must not depend on what the network is doing to its weight meanwhile.
+    fc = nn.Linear(model.backbone.feature_dim, c).to(clock.device)
+    h_ND = torch.randn(n, fc.in_features, device=clock.device, requires_grad=True)
+    for leaf in (fc.weight, fc.bias, h_ND):
+        leaf.grad = torch.randn_like(leaf) * 1e-3  # cross-entropy's, which the regulariser's is added to
+    tracker = warm_tracker(c, fc.in_features, 0.1, clock.device)
+    spareg = spalign.SpARegLoss(fc, tracker)
+    projected = spalign.SpAProj(NoOptimizer(fc.parameters(), {}), fc, tracker, gamma=0.5)
+    slerp = spalign.SpASlerp(fc, tracker, total_steps=10**6, alpha_max=0.01)
+
+    def regularize(y_N: Tensor) -> None:
+        (0.1 * spareg(h_ND, y_N)).backward()
+
+    parts = {
+        "tracker alone": Cycle(lambda y_N: tracker.update(h_ND, y_N), batches),
+        "tracker and regulariser with its backward": Cycle(regularize, batches),
+        "projection": projected.step,
+        "SLERP, once per epoch": slerp.step,
+    }
+    seconds = clock.medians({"step": Cycle(step, batches), **parts}, "ResNet-32")
+    seconds["SLERP, once per epoch"] /= STEPS_PER_EPOCH
+    total = sum(seconds[name] for name in parts if name != "tracker alone")
+    measure = f"share of a ResNet-32 training step ({n} x 32 x 32, C = {c}, eager)"
+    rows = [
+        Row(measure, name, 100 * seconds[name] / seconds["step"], "%", milliseconds=milliseconds(seconds, name, "step"))
+        for name in parts
+    ]
+    goal = 0.1 if clock.device.type == "cpu" else None
+    times = {"everything together": 1e3 * total, "step": 1e3 * seconds["step"]}
+    return [*rows, Row(measure, "everything together", 100 * total / seconds["step"], "%", goal, milliseconds=times)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Report
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def git(*arguments: str) -> str | None:
+    result = subprocess.run(("git", "-C", str(ROOT), *arguments), capture_output=True, text=True, check=False)
+    return result.stdout.strip() if result.returncode == 0 else None
+
+
+def commit() -> str:
+    head = git("rev-parse", "--short=12", "HEAD")
+    if head is None:
+        return "unknown"
+    changed = git("status", "--porcelain", "--", "spalign", "benchmarks/overhead.py", "examples/longtail/networks.py")
+    return f"{head} with uncommitted changes" if changed else head
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def conditions(args: argparse.Namespace, device: torch.device) -> dict[str, str]:
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": device_name(device),
+        "threads": str(torch.get_num_threads()),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "spalign": spalign.__version__,
+        "commit": commit(),
+        "seed": str(args.seed),
+        "rounds": str(args.rounds),
+        "command": shlex.join(["python", "benchmarks/overhead.py", *sys.argv[1:]]),
+    }
+
+
+def terminal_table(rows: Sequence[Row]) -> str:
+    header = ("", "goal", "measured", "")
+    widths = [max(len(cells[i]) for cells in (header, *(row.cells() for row in rows))) for i in range(4)]
+    lines, measure = [], ""
+    for row in rows:
+        if row.measure != measure:
+            measure = row.measure
+            lines += ["", measure[0].upper() + measure[1:]]
+        lines.append(
+            "  " + "  ".join(cell.ljust(width) for cell, width in zip(row.cells(), widths, strict=True)).rstrip()
+        )
+    return "\n".join(lines)
+
+
+def markdown(rows: Sequence[Row], about: dict[str, str]) -> str:
+    lines = [f"# Overhead, {about['date']}, {about['device']}", ""]
+    lines += [f"- {key}: `{value}`" if key == "command" else f"- {key}: {value}" for key, value in about.items()]
+    lines += ["", "Ratios of medians of interleaved calls in one run; the docstring of the script says how.", ""]
+    measure = ""
+    for row in rows:
+        if row.measure != measure:
+            measure = row.measure
+            lines += [
+                "",
+                f"## {measure[0].upper() + measure[1:]}",
+                "",
+                "| | goal | measured | | ms |",
+                "|---|---|---|---|---|",
+            ]
+        times = ", ".join(f"{name} {value:.3g}" for name, value in row.milliseconds.items())
+        lines.append("| " + " | ".join((*row.cells(), times)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the records")
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:1")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads, default %(default)s")
+    parser.add_argument("--rounds", type=int, default=15, help="of which medians are taken, default %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="of labels and features, default %(default)s")
+    parser.add_argument("--quick", action="store_true", help="3 rounds, no large sizes: whether it runs, not how fast")
+    args = parser.parse_args()
+    for name, value in (("threads", args.threads), ("rounds", args.rounds)):
+        if value < 1:
+            parser.error(f"--{name} is {value}, expected at least 1")
+    if args.output.exists() and not args.output.is_dir():
+        parser.error(f"--output is {args.output}, expected a folder")
+    try:
+        device = torch.device(args.device)
+    except RuntimeError:
+        parser.error(f"--device is {args.device!r}, expected cpu, cuda or cuda:N")
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
+        parser.error(f"--device is {args.device!r}, expected cpu, or cuda where torch finds a device")
+    if args.quick:
+        args.rounds = 3
+
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    clock = Clock(device, args.rounds)
+    rows: list[Row] = []
+    for measurement in (measure_tracker, measure_scaling, measure_rows):
+        rows += measurement(clock, args.quick)
+    rows += measure_step(clock)
+
+    about = conditions(args, device)
+    print(f"{about['device']}, {about['threads']} thread(s), torch {about['torch']}, spalign at {about['commit']}")
+    print(terminal_table(rows))
+    args.output.mkdir(parents=True, exist_ok=True)
+    stem = f"{about['date']}-overhead-{device.type}" + ("-quick" if args.quick else "")
+    record = {"about": about, "rows": [{**asdict(row), "verdict": row.verdict} for row in rows]}
+    (args.output / f"{stem}.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    (args.output / f"{stem}.md").write_text(markdown(rows, about), encoding="utf-8")
+    missed = sum(row.verdict == "MISSED" for row in rows)
+    print(
+        f"\n{missed} of {sum(row.goal is not None for row in rows)} goals missed. Written: {args.output / stem}.json, .md"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,417 @@
+"""The engine: resuming, pairing, options that must or must not change the outcome."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pickle
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cifar_lt
+import pytest
+import torch
+from longtail.data import long_tail_counts
+from longtail.engine import Trainer, TrainingError
+from longtail.networks import CifarResNet
+from longtail.reporting import accuracy_figures, group_means, read_records
+from torch import Tensor
+
+Options = Callable[..., list[str]]
+ALL_THREE = ("--spareg", "0.5", "--spaslerp", "--alpha-max", "0.5", "--spaproj")
+EXAMPLES = Path(cifar_lt.__file__).parent
+TINY_MAX = 60  # as in conftest.py
+
+
+def trainer(argv: list[str]) -> Trainer:
+    return Trainer(cifar_lt.settings_from(cifar_lt.build_parser().parse_args(argv)))
+
+
+def run(argv: list[str]) -> None:
+    assert cifar_lt.main(argv) == 0
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    """The run's records without their times, which no two runs share."""
+    return [{**record, "seconds": None} for record in read_records(folder / "metrics.jsonl")]
+
+
+def assert_same_run(first: Path, second: Path) -> None:
+    """Equal records, and equal bits in everything the checkpoint holds."""
+    assert records(first) == records(second)
+    states = [torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (first, second)]
+    for state in states:
+        del state["seconds"], state["record"]["seconds"]
+    assert_equal(*states)
+
+
+def assert_equal(a: Any, b: Any) -> None:
+    assert type(a) is type(b)
+    if isinstance(a, Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_equal(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_equal(x, y)
+    else:
+        assert a == b
+
+
+# --- a whole run ------------------------------------------------------------------------------------------------------
+
+
+def test_run_writes_records_and_result(
+    tiny_options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [option for option in tiny_options("run", *ALL_THREE) if option != "--quiet"]
+    run(argv)
+    lines = records(tmp_path / "run")
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert all(line["accuracy"].keys() == {"all", "balanced", "many", "medium", "few"} for line in lines)
+    assert [line["alpha"] for line in lines] == pytest.approx([0.125, 0.375, 0.5])  # 0.5 (1 - cos(pi t / 3)) / 2
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["accuracy_last"] == lines[-1]["accuracy"]
+    assert result["accuracy_best"]["all"] == max(line["accuracy"]["all"] for line in lines)
+    assert result["strategies"] == ["reg", "slerp", "proj"]
+    assert result["options"]["spareg"] == 0.5
+    assert result["counts"] == long_tail_counts(TINY_MAX, 10, 10)
+    # Running and exact means differ, but belong to the same network.
+    assert result["alignment_exact"]["all"] == pytest.approx(result["alignment"]["all"], abs=0.3)
+    printed = capsys.readouterr().out
+    assert "alignment, exact means" in printed
+    assert "(best " in printed
+
+
+def test_closing_figures_are_exact(tiny_options: Options, tmp_path: Path) -> None:
+    trained = trainer(tiny_options("run"))
+    result = trained.run()
+    assert result is not None
+    model, images = trained.baseline.model.eval(), trained.train_set
+    assert isinstance(model, CifarResNet)
+    with torch.no_grad():
+        features = model.forward_features(images.plain(torch.arange(len(images)))).double()
+        means = torch.stack([features[images.labels_N == c].mean(0) for c in range(10)])
+        centred = means - means.mean(0)
+        cosines = torch.cosine_similarity(centred, model.classifier.weight.double())
+        logits = model(images.plain(torch.arange(len(images))))
+    correct = (logits.argmax(1) == images.labels_N).double().mean()
+    # float32 sums over at most 60 images a class
+    assert result["alignment_exact"]["all"] == pytest.approx(float(cosines.mean()), abs=1e-4)
+    assert result["train_accuracy"] == pytest.approx(100 * float(correct), abs=1e-4)
+
+
+def test_tensorboard_has_every_epoch(tiny_options: Options, tmp_path: Path) -> None:
+    reader: Any = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
+    argv = [option for option in tiny_options("run") if option != "--no-tensorboard"]
+    run([*argv, "--stop-after-epochs", "1"])
+    run([*argv, "--resume"])
+    events = reader.EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    lines = records(tmp_path / "run")
+    expected = {
+        "loss": {line["epoch"]: line["loss"] for line in lines},
+        "accuracy/all": {line["epoch"]: line["accuracy"]["all"] for line in lines},
+    }
+    for name, values in expected.items():
+        assert {event.step: event.value for event in events.Scalars(name)} == pytest.approx(values)  # kept as float32
+
+
+# --- resuming ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ALL_THREE,
+        (*ALL_THREE, "--mixup", "1", "--accumulate", "2", "--amp", "bf16", "--clip-norm", "1"),
+    ],
+    ids=["all-three", "mixup-accumulate-bf16-clip"],
+)
+def test_resumed_run_is_the_same_bit_for_bit(tiny_options: Options, tmp_path: Path, more: tuple[str, ...]) -> None:
+    run(tiny_options("whole", *more))
+    for _ in range(3):
+        run(tiny_options("parts", *more, "--resume", "--stop-after-epochs", "1"))
+        torch.manual_seed(99)  # nothing may depend on the state that a new process happens to have
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "parts")]
+    assert results[0]["accuracy_best"] == results[1]["accuracy_best"]
+
+
+KILL_AT = {
+    # Before the first checkpoint: the record of epoch 1 is written, its checkpoint is not in place yet.
+    "first-checkpoint": "when('checkpoint.pt', 1, before=True)",
+    # In the middle of epoch 2's steps.
+    "step": "at_step(9)",
+    # Epoch 2's record and a complete temporary file are there, the checkpoint is still epoch 1's.
+    "second-checkpoint": "when('checkpoint.pt', 2, before=True)",
+    # All epochs done, the result not yet written.
+    "result": "when('result.json', 1, before=True)",
+}
+
+
+@pytest.mark.parametrize("moment", KILL_AT)
+def test_kill_9_loses_at_most_one_epoch(tiny_options: Options, tmp_path: Path, moment: str) -> None:
+    script = textwrap.dedent(
+        f"""
+        import os, signal, sys
+        from dataclasses import replace
+        sys.path.insert(0, {str(EXAMPLES)!r})
+        import cifar_lt
+        from longtail import ce, checkpoint, data
+
+        data.ARCHIVES["cifar10"] = replace(data.ARCHIVES["cifar10"], max_per_class={TINY_MAX})
+        real, calls = os.replace, []
+
+        def when(name, number, before):
+            def replace_or_die(source, target):
+                if os.path.basename(target) == name:
+                    calls.append(target)
+                    if len(calls) == number:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                real(source, target)
+            checkpoint.os.replace = replace_or_die
+
+        def at_step(number):
+            step = ce.CrossEntropy.step
+            def step_or_die(*args):
+                calls.append(1)
+                if len(calls) == number + 1:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return step(*args)
+            ce.CrossEntropy.step = step_or_die
+
+        {KILL_AT[moment]}
+        cifar_lt.main(sys.argv[1:])
+        """
+    )
+    more = (*ALL_THREE, "--batch-size", "40")
+    killed = subprocess.run([sys.executable, "-c", script, *tiny_options("killed", *more)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    written = len(records(tmp_path / "killed"))
+    run(tiny_options("killed", *more, "--resume", "--stop-after-epochs", "1"))
+    assert len(records(tmp_path / "killed")) >= written  # at most one epoch was repeated
+    run(tiny_options("killed", *more, "--resume"))
+    run(tiny_options("whole", *more))
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_resume_without_checkpoint_starts_fresh(
+    tiny_options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [option for option in tiny_options("run", "--resume", "--stop-after-epochs", "1") if option != "--quiet"]
+    run(argv)
+    assert "no checkpoint" in capsys.readouterr().out
+    assert [line["epoch"] for line in records(tmp_path / "run")] == [1]
+
+
+def test_resume_with_other_options_names_them(tiny_options: Options, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tiny_options("run", "--stop-after-epochs", "1"))
+    assert cifar_lt.main(tiny_options("run", "--resume", "--lr", "0.2", "--spaproj")) == 2
+    message = capsys.readouterr().err
+    assert "--lr 0.2 (was 0.1)" in message
+    assert "--spaproj True (was False)" in message
+    assert "--epochs" not in message
+
+
+def test_resume_refuses_other_images(
+    tiny_options: Options, tiny_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tiny_options("run", "--stop-after-epochs", "1"))
+    path = tiny_data / "cifar-10-batches-py" / "data_batch_1"
+    content = pickle.loads(path.read_bytes())
+    content["data"] = 255 - content["data"]
+    path.write_bytes(pickle.dumps(content))
+    assert cifar_lt.main(tiny_options("run", "--resume")) == 2
+    assert "training images differ" in capsys.readouterr().err
+
+
+def test_damaged_checkpoint_is_explained(
+    tiny_options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tiny_options("run", "--stop-after-epochs", "1"))
+    (tmp_path / "run" / "checkpoint.pt").write_bytes(b"nothing")
+    assert cifar_lt.main(tiny_options("run", "--resume")) == 2
+    assert "cannot be read as a checkpoint" in capsys.readouterr().err
+
+
+def test_finished_run_is_not_overwritten_unasked(
+    tiny_options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tiny_options("run"))
+    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    assert cifar_lt.main(tiny_options("run")) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    run(tiny_options("run", "--resume"))  # nothing left to do
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
+    run(tiny_options("run", "--overwrite", "--seed", "1", "--stop-after-epochs", "1"))
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+# --- equal seeds ------------------------------------------------------------------------------------------------------
+
+
+def test_variants_with_equal_seeds_are_paired(tiny_options: Options) -> None:
+    plain, aligned = trainer(tiny_options("plain")), trainer(tiny_options("aligned", *ALL_THREE))
+    seen: list[list[Tensor]] = []
+    for variant in (plain, aligned):
+        batches, tensors = variant.baseline.batches, [p.clone() for p in variant.baseline.model.parameters()]
+
+        def recorded(epoch: int, generator: torch.Generator, batches: Any = batches, tensors: Any = tensors) -> Any:
+            for batch in batches(epoch, generator):
+                tensors.extend([batch.images.clone(), batch.targets.clone()])
+                yield batch
+
+        variant.baseline.batches = recorded  # type: ignore[method-assign]
+        variant.run()
+        seen.append(tensors)
+    assert_equal(*seen)
+    weights = [variant.baseline.classifier.weight for variant in (plain, aligned)]
+    assert not torch.equal(*weights)  # type: ignore[arg-type]
+
+
+def test_tracking_means_changes_nothing_in_a_plain_run(tiny_options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    tracked, untracked = trainer(tiny_options("tracked")), trainer(tiny_options("untracked"))
+    tracked.run()
+    monkeypatch.setattr(type(untracked.alignment), "penalty", lambda self, features, targets: None)
+    untracked.run()
+    assert_equal(tracked.baseline.model.state_dict(), untracked.baseline.model.state_dict())
+    assert not untracked.alignment.tracker.seen.any()
+
+
+def test_seed_changes_weights_and_batches(tiny_options: Options) -> None:
+    first, second = trainer(tiny_options("first")), trainer(tiny_options("second", "--seed", "1"))
+    assert not torch.equal(first.baseline.classifier.weight, second.baseline.classifier.weight)  # type: ignore[arg-type]
+    batches = [next(iter(t.baseline.batches(0, t.generator))).images for t in (first, second)]
+    assert not torch.equal(*batches)
+
+
+# --- options ----------------------------------------------------------------------------------------------------------
+
+
+def freeze_batch_norm(variant: Trainer) -> None:
+    """Keep batch normalisation in evaluation mode, where a batch's parts do not depend on each other."""
+    for module in variant.baseline.model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
+            module.train = lambda mode=True, module=module: module  # type: ignore[method-assign,misc]
+
+
+@pytest.mark.parametrize("mixup", ["0", "1"])
+def test_accumulating_equals_the_whole_batch(tiny_options: Options, mixup: str) -> None:
+    # Batches of 32 in parts of 7 and less: the weights of unequal parts matter. A small rate keeps the frozen
+    # normalisation from amplifying rounding.
+    more = ("--mixup", mixup, "--lr", "0.001", "--stop-after-epochs", "1")
+    whole, parts = trainer(tiny_options("whole", *more)), trainer(tiny_options("parts", *more, "--accumulate", "5"))
+    for variant in (whole, parts):
+        freeze_batch_norm(variant)
+        variant.run()
+    for a, b in zip(whole.baseline.model.parameters(), parts.baseline.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)  # float32 sums in another order, through 8 steps
+    assert whole.record["loss"] == pytest.approx(parts.record["loss"], rel=1e-5)
+    assert whole.record["train_accuracy"] == parts.record["train_accuracy"]
+
+
+def test_clipping_bounds_the_gradient(tiny_options: Options) -> None:
+    variant = trainer(tiny_options("run", "--clip-norm", "0.01", "--stop-after-epochs", "1"))
+    norms: list[float] = []
+
+    def record(*_: object) -> None:
+        norms.append(float(torch.stack([p.grad.norm() for p in variant.parameters if p.grad is not None]).norm()))
+
+    variant.optimizer.register_step_pre_hook(record)
+    variant.run()
+    assert norms == pytest.approx([0.01] * variant.baseline.steps_per_epoch, rel=1e-3)  # it divides by norm + 1e-6
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--amp", "bf16", "--clip-norm", "5"),
+        ("--amp", "fp16", "--clip-norm", "5", "--spaproj"),
+        ("--recipe", "mislas", "--preset", "small"),
+        ("--mixup", "1", "--spareg", "1"),
+        ("--frozen-head", "--spareg", "1", "--spareg-align", "features"),
+        ("--no-augment", "--no-channels-last", "--schedule", "step"),
+        ("--spareg", "-0.5", "--spareg-align", "classifier", "--radial", "keep", "--spaproj"),
+    ],
+    ids=" ".join,
+)
+def test_option_trains(tiny_options: Options, tmp_path: Path, more: tuple[str, ...]) -> None:
+    if "mislas" in more:
+        argv = tiny_options("run", "--recipe", "mislas")
+        preset = argv.index("--preset")
+        del argv[preset : preset + 2]
+    else:
+        argv = tiny_options("run", *more)
+    run(argv)
+    lines = records(tmp_path / "run")
+    assert lines[-1]["loss"] < lines[0]["loss"] or "--mixup" in argv or "mislas" in argv
+    assert 0 <= lines[-1]["accuracy"]["all"] <= 100
+
+
+def test_compiled_network_trains(tiny_options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The eager backend stands in for a compiler, which takes minutes and a C++ toolchain."""
+    compiled: list[bool] = []
+    compile_module = torch.nn.Module.compile
+
+    def compile_eagerly(module: torch.nn.Module) -> None:
+        compiled.append(True)
+        compile_module(module, backend="eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_eagerly)
+    plain = trainer(tiny_options("plain", "--stop-after-epochs", "1"))
+    variant = trainer(tiny_options("compiled", "--stop-after-epochs", "1", "--compile"))
+    plain.run()
+    variant.run()
+    assert compiled == [True]
+    assert_equal(plain.baseline.model.state_dict(), variant.baseline.model.state_dict())
+
+
+def test_frozen_head_stays(tiny_options: Options) -> None:
+    variant = trainer(tiny_options("run", "--frozen-head"))
+    before = {name: value.clone() for name, value in variant.baseline.classifier.state_dict().items()}
+    variant.run()
+    assert_equal(before, dict(variant.baseline.classifier.state_dict()))
+
+
+def test_validation_never_opens_the_test_file(tiny_options: Options, tiny_data: Path, tmp_path: Path) -> None:
+    (tiny_data / "cifar-10-batches-py" / "test_batch").unlink()
+    run(tiny_options("run", "--validation", "5"))
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["evaluated_on"] == "validation"
+    # Class 0 gives 5 of its own images, the others 5 that the rule leaves unused.
+    counts = long_tail_counts(TINY_MAX, 10, 10)
+    assert result["counts"] == [counts[0] - 5, *counts[1:]]
+
+
+def test_loss_that_diverges_stops_the_run(tiny_options: Options, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cifar_lt.main(tiny_options("run", "--lr", "1e30")) == 1
+    assert "no longer finite in epoch" in capsys.readouterr().err
+    with pytest.raises(TrainingError):
+        trainer(tiny_options("again", "--lr", "1e30")).run()
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+
+def test_group_figures() -> None:
+    groups = {"many": [0, 1], "medium": [2], "few": []}
+    correct, count = torch.tensor([9, 1, 0]), torch.tensor([10, 2, 0])
+    assert accuracy_figures(correct, count, groups) == {
+        "all": pytest.approx(100 * 10 / 12),
+        "balanced": pytest.approx(70.0),
+        "many": pytest.approx(70.0),
+        "medium": None,
+        "few": None,
+    }
+    means = group_means(torch.tensor([0.5, -1.0, 0.25]), torch.tensor([True, False, True]), groups)
+    assert means == {"all": 0.375, "many": 0.5, "medium": 0.25, "few": None}
