@@ -4,6 +4,7 @@
     python benchmarks/evidence.py run tune --data-dir DIR --jobs 2
     python benchmarks/evidence.py run main zero-error regimes --data-dir DIR
     python benchmarks/evidence.py report main
+    python benchmarks/evidence.py figure main
 
 Every run is one call of `examples/cifar_lt.py` on one CPU thread, on real CIFAR-100-LT (`--preset small`). A finished
 run is one line of `benchmarks/results/evidence-STAGE.jsonl` and is never repeated; an interrupted one resumes from its
@@ -27,6 +28,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -55,6 +58,13 @@ class Stage:
                     yield setting, variant, seed
 
 
+DEFAULTS = {
+    "CE": "",
+    "+Reg": "--spareg 0.3",
+    "+SLERP": "--spaslerp",
+    "+Proj": "--spaproj",
+    "+Proj 0.5, keep": "--spaproj --gamma 0.5 --radial keep",
+}
 TUNE = ("--epochs", "20", "--validation", "20")
 STAGES = {
     "tune": Stage(
@@ -79,6 +89,22 @@ STAGES = {
             "Proj 0.9, paper": "--spaproj --gamma 0.9 --radial paper",
         },
         (0, 1),
+    ),
+    # Every strategy at its default (spalign's, and for SpA-Reg the weight that README and docs recommend).
+    "main": Stage((), {"IF 100": ""}, DEFAULTS, (0, 1, 2)),
+    # Without augmentation the network fits every training image: the paper's regime.
+    "zero-error": Stage(("--no-augment", "--epochs", "60"), {"IF 100, no augmentation": ""}, DEFAULTS, (0, 1, 2)),
+    "regimes": Stage(
+        TUNE,
+        {
+            "lr 0.01": "--lr 0.01",
+            "no weight decay": "--weight-decay 0",
+            "lr 0.01, no weight decay": "--lr 0.01 --weight-decay 0",
+            "IF 200": "--imbalance 200",
+            "8 epochs": "--epochs 8",
+        },
+        {**DEFAULTS, "Reg 1": "--spareg 1"},
+        (0,),
     ),
 }
 
@@ -199,9 +225,39 @@ def report(name: str) -> str:
     return "\n".join(lines)
 
 
+def figure(name: str, path: Path) -> None:
+    """Draw accuracy, training accuracy and alignment by epoch, a line a variant, a band of one deviation over seeds."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "spalign"})  # text stays text, ids stay the same
+    from matplotlib import pyplot as plt
+
+    records = read_records(name)
+    labels = {
+        "accuracy": f"{records[0]['evaluated_on']} accuracy (%)",
+        "train_accuracy": "training accuracy (%)",
+        "alignment": "alignment (mean cosine)",
+    }
+    drawing, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    for axis, (key, label) in zip(axes, labels.items(), strict=True):
+        for variant in STAGES[name].variants:
+            curves = np.array([r["curves"][key] for r in records if r["variant"] == variant])
+            if not len(curves):
+                continue
+            epochs, mean, spread = np.arange(1, curves.shape[1] + 1), curves.mean(0), curves.std(0, ddof=1)
+            (line,) = axis.plot(epochs, mean, label=variant, linewidth=1.4)
+            axis.fill_between(epochs, mean - spread, mean + spread, color=line.get_color(), alpha=0.15, linewidth=0)
+        axis.set(xlabel="epoch", ylabel=label)
+        axis.grid(alpha=0.3)
+    axes[0].legend(loc="lower right", fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drawing.savefig(path, metadata={"Date": None})
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=("run", "report"))
+    parser.add_argument("action", choices=("run", "report", "figure"))
     parser.add_argument("stages", nargs="+", choices=tuple(STAGES))
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder of the unpacked CIFAR archive")
     parser.add_argument("--work-dir", type=Path, default=Path("runs") / "evidence", help="checkpoints of runs")
@@ -210,6 +266,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.action == "run":
         return min(run(args.stages, args.data_dir, args.work_dir, args.jobs), 1)
     for name in args.stages:
+        if args.action == "figure":
+            figure(name, ROOT / "docs" / "figures" / f"{name}.svg")
+            continue
         print(f"## {name}\n\n{report(name)}\n")
     return 0
 

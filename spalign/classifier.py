@@ -169,7 +169,7 @@ class Classifier:
         return leaves
 
     @torch.no_grad()
-    def write(self, new_CD: Tensor, changed_C: Tensor) -> None:
+    def write(self, new_CD: Tensor, changed_C: Tensor | None = None) -> None:
         """Replace rows, in place, by values that every rank holds; unchanged rows keep every bit.
 
         Weight norm gets the directions into v, whose own norms stay, and the norms into g. Other parametrizations are
@@ -177,7 +177,7 @@ class Classifier:
 
         Args:
             new_CD: (C, D), equal to :meth:`rows` where ``changed_C`` is False.
-            changed_C: (C,) bool.
+            changed_C: (C,) bool; every row if not given.
         """
         if self._weight_norm_hook() is None and self._parametrized():
             found = self._parametrizations()
@@ -188,6 +188,7 @@ class Classifier:
         direction, magnitude = leaves
         stored = self.as_stored(new_CD)
         if magnitude is not None:
+            changed_C = new_CD.new_ones(len(new_CD), dtype=torch.bool) if changed_C is None else changed_C
             changed, sign = self.as_stored(changed_C.unsqueeze(1)), leaves.sign()
             norm, old = torch.norm_except_dim(stored, 2, self.class_dim), full_tensor(direction)
             scale = sign * torch.norm_except_dim(old, 2, self.class_dim) / norm.clamp(min=torch.finfo(norm.dtype).tiny)

@@ -56,7 +56,7 @@ class RunningSums(NamedTuple):
 
     Attributes:
         mean_sum: (D,) float64, sum of the class means of the seen classes.
-        num_seen: () float64, how many classes have been seen.
+        num_seen: (1,) float64, how many classes have been seen.
     """
 
     mean_sum: Tensor
@@ -105,7 +105,8 @@ def _math_dtype(*tensors: Tensor) -> torch.dtype:
 
 def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """Disable autocast for the device of ``x``; free where it is off already."""
-    if torch.is_autocast_enabled(x.device.type):
+    # Asked of the meta device, is_autocast_enabled raises.
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         return torch.autocast(x.device.type, enabled=False)
     return contextlib.nullcontext()
 

@@ -81,7 +81,7 @@ class SpAProj(Optimizer):
         classifier: ClassifierLike,
         tracker: ClassMeanTracker,
         *,
-        gamma: float = 0.5,
+        gamma: float = 0.9,
         radial: Radial = "paper",
     ) -> None:
         # Optimizer.__init__ would build second hook tables and parameter groups; everything is read through instead.
@@ -111,7 +111,7 @@ class SpAProj(Optimizer):
         self.gamma = float(gamma)
         self.radial: Radial = radial
         self._held: Tensor | None = None
-        self._handle: RemovableHandle = optimizer.register_step_pre_hook(self._before_step)
+        self._handle: RemovableHandle | None = optimizer.register_step_pre_hook(self._before_step)
 
     # ------------------------------------------------------------------------------------------------------------------
     # The projection
@@ -195,7 +195,9 @@ class SpAProj(Optimizer):
 
     def remove(self) -> None:
         """Stop projecting. The wrapped optimizer goes on as if it had never been wrapped."""
-        self._handle.remove()
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
 
     # ------------------------------------------------------------------------------------------------------------------
     # The optimizer
@@ -228,14 +230,15 @@ class SpAProj(Optimizer):
         self.optimizer.add_param_group(param_group)
 
     def __getstate__(self) -> dict[str, Any]:
-        state = dict(self.__dict__)
-        del state["_handle"]  # belongs to the wrapped optimizer, whose copies carry no hooks
-        state["_held"] = None
-        return {k: v for k, v in state.items() if k != "step"}  # schedulers patch step on the instance
+        # Copies of the wrapped optimizer carry no hooks (pitfall A12), nor the step that a scheduler patched in.
+        state = {name: value for name, value in self.__dict__.items() if name not in ("_handle", "_held", "step")}
+        return {**state, "projecting": self._handle is not None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        projecting = state.pop("projecting")
         self.__dict__.update(state)
-        self._handle = self.optimizer.register_step_pre_hook(self._before_step)
+        self._held = None
+        self._handle = self.optimizer.register_step_pre_hook(self._before_step) if projecting else None
 
     def __repr__(self) -> str:
         return f"SpAProj({self.optimizer!r}, {self.classifier}, gamma={self.gamma}, radial={self.radial!r})"

@@ -51,7 +51,7 @@ class SpARegLoss(nn.Module):
         super().__init__()
         adapter = Classifier.of(classifier)
         if align not in ("both", "classifier", "features"):
-            raise ValueError(f"align is {align!r}, expected 'both', 'classifier' or 'features'")
+            raise ValueError(f"align is {align!r}, expected 'both', 'classifier' or 'features': the side that moves")
         if align == "classifier" and adapter.fixed:
             raise ValueError(f"align='classifier' but {adapter} is fixed, so nothing would move; use align='features'")
         self.tracker = ClassMeanTracker.for_classifier(adapter) if tracker is None else tracker

@@ -63,8 +63,8 @@ class SpASlerp:
         tracker: ClassMeanTracker,
         *,
         total_steps: int,
-        alpha_max: float = 0.1,
-        threshold: float = 0.95,
+        alpha_max: float = 0.2,
+        threshold: float = 0.5,
     ) -> None:
         adapter = Classifier.of(classifier)
         try:

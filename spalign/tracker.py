@@ -92,7 +92,8 @@ class ClassMeanTracker(nn.Module):
         self.register_buffer("mean", torch.zeros(num_classes, feature_dim, device=device, dtype=torch.float32))
         self.register_buffer("weight", torch.zeros(num_classes, device=device, dtype=torch.float32))
         self.register_buffer("mean_sum", torch.zeros(feature_dim, device=device, dtype=torch.float64))
-        self.register_buffer("num_seen", torch.zeros((), device=device, dtype=torch.float64))
+        # One entry, not none: torch.compile loses in-place updates of 0-dim float64 tensors.
+        self.register_buffer("num_seen", torch.zeros(1, device=device, dtype=torch.float64))
         self.register_buffer("_scratch", torch.zeros_like(self.weight), persistent=False)
 
     @classmethod

@@ -171,7 +171,11 @@ def test_empty_batches_change_nothing(soft: bool) -> None:
     targets = torch.empty(0, C) if soft else torch.empty(0, dtype=torch.int64)
     tracker.update(torch.empty(0, D), targets)
     out = tracker(torch.empty(0, D, requires_grad=True), targets)
-    assert same_state(tracker, before)
+    now = state_of(tracker)
+    for name in ("mean", "weight", "num_seen"):
+        assert torch.equal(now[name], before[name])
+    # The incremental sum may be replaced by the exact one: float32 roundings of 4 means of size 4.
+    torch.testing.assert_close(now["mean_sum"], before["mean_sum"], rtol=0, atol=1e-5)
     assert torch.equal(out, tracker.mean)
 
 

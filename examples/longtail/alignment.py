@@ -30,10 +30,10 @@ class AlignmentOptions:
     spareg: float = 0.0
     spareg_align: Literal["both", "classifier", "features"] = "both"
     spaslerp: bool = False
-    alpha_max: float = 0.1
-    threshold: float = 0.95
+    alpha_max: float = 0.2
+    threshold: float = 0.5
     spaproj: bool = False
-    gamma: float = 0.1
+    gamma: float = 0.9
     radial: Literal["paper", "keep"] = "paper"
     momentum: float = 0.1
 

@@ -197,7 +197,7 @@ class Trainer:
                 if penalty is not None:
                     loss = loss + settings.alignment.spareg * penalty
                     penalty_sum += penalty.detach() * len(part)
-                torch.autograd.backward(scaler.scale(loss * (len(part) / len(batch))))
+                scaler.scale(loss * (len(part) / len(batch))).backward()
                 loss_sum += out.loss.detach() * len(part)
                 # Of a mixed label, the class with the larger share counts as the right one.
                 targets_N = out.targets if out.targets.ndim == 1 else out.targets.argmax(dim=1)
@@ -236,7 +236,7 @@ class Trainer:
         correct_C = torch.zeros(self.data.num_classes, dtype=torch.int64, device=self.device)
         # Small enough for a CPU's cache, large enough to keep a GPU busy.
         batch_size = 500 if self.device.type == "cpu" else 2500
-        for index_N in torch.split(torch.arange(len(images), device=self.device), batch_size):
+        for index_N in torch.arange(len(images), device=self.device).split(batch_size):
             with self._autocast() if tracker is None else contextlib.nullcontext():
                 logits_NC, features_ND = self.baseline.predict(images.plain(index_N))
             labels_N = images.labels_N[index_N]

@@ -1,0 +1,218 @@
+"""The classifier adapter: every kind of head shows the same rows, takes the same rows, names the right gradient."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from problems import FIXED, HEADS, Columns, Rows, make_problem
+from torch import Tensor, nn
+
+import spalign
+
+every_head = pytest.mark.parametrize("kind", HEADS)
+every_fixed = pytest.mark.parametrize("kind", FIXED)
+# Weight norm multiplies by g / |v|: two roundings each way.
+ROUNDING = {torch.float32: 5e-7, torch.float64: 1e-15}
+
+
+def weight(dtype: torch.dtype = torch.float32) -> Tensor:
+    return make_problem(1, num_classes=5, dim=7, dtype=dtype).w
+
+
+def write(adapter: spalign.Classifier, rows: Tensor) -> None:
+    adapter.write(rows, torch.ones(len(rows), dtype=torch.bool))
+
+
+@every_head
+def test_rows_are_those_of_the_next_forward_pass(kind: str) -> None:
+    w = weight()
+    head = HEADS[kind](w)
+    adapter = spalign.Classifier.of(head.classifier)
+    assert adapter.shape == (5, 7)
+    assert (adapter.num_classes, adapter.feature_dim) == (5, 7)
+    assert adapter.device == torch.device("cpu")
+    assert not adapter.fixed
+    torch.testing.assert_close(adapter.rows(), w, rtol=ROUNDING[w.dtype], atol=0)
+    torch.testing.assert_close(adapter.rows().detach(), head.rows(), rtol=ROUNDING[w.dtype], atol=1e-7)
+
+
+@every_head
+def test_rows_are_in_the_graph_of_the_parameters(kind: str) -> None:
+    head = HEADS[kind](weight())
+    rows = spalign.Classifier.of(head.classifier).rows()
+    grads = torch.autograd.grad((rows * torch.randn_like(rows)).sum(), head.parameters)
+    assert all(g.any() for g in grads)
+
+
+@every_head
+def test_write_then_forward(kind: str) -> None:
+    head = HEADS[kind](weight())
+    adapter = spalign.Classifier.of(head.classifier)
+    head.logits(torch.randn(2, 7))  # old weight norm writes its attribute in a forward pass
+    new = torch.randn(5, 7)
+    pointers = [p.data_ptr() for p in head.parameters]
+    write(adapter, new)
+    torch.testing.assert_close(head.rows(), new, rtol=2e-6, atol=1e-6)
+    torch.testing.assert_close(adapter.rows().detach(), new, rtol=2e-6, atol=1e-6)
+    assert [p.data_ptr() for p in head.parameters] == pointers, "optimizers and graphs know the parameters by address"
+
+
+@pytest.mark.parametrize("kind", ["weight_norm", "old_weight_norm"])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_unchanged_rows_of_weight_norm_keep_every_bit(kind: str, sign: float) -> None:
+    head = HEADS[kind](weight())
+    adapter = spalign.Classifier.of(head.classifier)
+    magnitude = adapter.leaves().magnitude
+    assert magnitude is not None
+    with torch.no_grad():
+        magnitude.mul_(sign)
+    before = [p.detach().clone() for p in head.parameters]
+    changed = torch.tensor([False, True, False, False, True])
+    new = torch.where(changed.unsqueeze(1), torch.randn(5, 7), adapter.rows().detach())
+    adapter.write(new, changed)
+    for p, old in zip(head.parameters, before, strict=True):
+        assert torch.equal(p[~changed], old[~changed])
+        assert not (p[changed] == old[changed]).all()
+    torch.testing.assert_close(head.rows(), new, rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["weight_norm", "old_weight_norm"])
+def test_write_to_weight_norm_keeps_the_norms_of_v(kind: str) -> None:
+    head = HEADS[kind](weight())
+    v = next(p for p in head.parameters if p.shape == (5, 7))
+    before = v.norm(dim=1).detach()
+    write(spalign.Classifier.of(head.classifier), torch.randn(5, 7))
+    torch.testing.assert_close(v.norm(dim=1).detach(), before, rtol=1e-6, atol=0)
+
+
+@every_head
+def test_leaves_are_parameters_of_the_head(kind: str) -> None:
+    head = HEADS[kind](weight())
+    direction, magnitude = spalign.Classifier.of(head.classifier).leaves()
+    assert any(direction is p for p in head.parameters)
+    assert (magnitude is not None) == ("weight_norm" in kind)
+    if magnitude is not None:
+        assert any(magnitude is p for p in head.parameters)
+
+
+@every_fixed
+def test_fixed_classifiers(kind: str) -> None:
+    w = weight()
+    adapter = spalign.Classifier.of(FIXED[kind](w))
+    assert adapter.fixed
+    assert torch.equal(adapter.rows(), w)
+    assert not adapter.rows().requires_grad
+    with pytest.raises(ValueError, match=r"fixed.*cannot be turned.*features"):
+        adapter.require_trainable("turned")
+
+
+@pytest.mark.parametrize("kind", ["weight_norm", "old_weight_norm"])
+def test_frozen_weight_norm_is_fixed(kind: str) -> None:
+    head = HEADS[kind](weight())
+    for p in head.parameters:
+        p.requires_grad_(False)
+    assert spalign.Classifier.of(head.classifier).fixed
+
+
+def test_freezing_and_thawing_is_noticed() -> None:
+    fc = nn.Linear(7, 5)
+    adapter = spalign.Classifier.of(fc)
+    fc.weight.requires_grad_(False)
+    assert adapter.fixed
+    fc.weight.requires_grad_(True)
+    assert not adapter.fixed
+
+
+def test_one_by_one_convolutions_of_every_dimension() -> None:
+    for conv in (nn.Conv1d(7, 5, 1), nn.Conv2d(7, 5, 1), nn.Conv3d(7, 5, 1)):
+        adapter = spalign.Classifier.of(conv)
+        assert adapter.shape == (5, 7)
+        new = torch.randn(5, 7)
+        write(adapter, new)
+        assert torch.equal(conv.weight.flatten(1), new)
+
+
+def test_square_weight_needs_class_dim_and_honours_it() -> None:
+    w = torch.arange(9.0).reshape(3, 3)
+    module = Rows(w.clone())
+    assert torch.equal(spalign.Classifier(module).rows(), w)
+    assert torch.equal(spalign.Classifier(module, class_dim=1).rows(), w.t())
+    write(spalign.Classifier(module, class_dim=1), w)
+    assert torch.equal(module.weight.detach(), w.t())
+
+
+def test_class_dim_of_a_bare_parameter() -> None:
+    p = nn.Parameter(weight().t().clone())
+    adapter = spalign.Classifier(p, class_dim=1)
+    assert adapter.shape == (5, 7)
+    assert torch.equal(adapter.rows(), weight())
+
+
+def test_class_dim_of_a_transposed_weight_norm() -> None:
+    """The cosine head of DisA and LDAM: one norm per column."""
+    module = Columns(weight())
+    nn.utils.parametrizations.weight_norm(module, "prototypes", dim=1)
+    adapter = spalign.Classifier(module, weight="prototypes", class_dim=1)
+    new = torch.randn(5, 7)
+    write(adapter, new)
+    torch.testing.assert_close(module.prototypes.detach().t(), new, rtol=2e-6, atol=1e-6)
+    assert adapter.leaves().magnitude is not None
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_weight_norm_over_the_wrong_dimension_is_refused_where_leaves_matter(old: bool) -> None:
+    fc = nn.Linear(7, 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        (nn.utils.weight_norm if old else nn.utils.parametrizations.weight_norm)(fc, dim=1)
+    adapter = spalign.Classifier.of(fc)
+    assert adapter.rows().shape == (5, 7)
+    with pytest.raises(ValueError, match=r"dim=1, expected dim=0"):
+        adapter.leaves()
+
+
+def test_other_parametrizations_are_read_and_assigned_but_have_no_leaf_rows() -> None:
+    fc = nn.utils.parametrizations.orthogonal(nn.Linear(7, 5))
+    adapter = spalign.Classifier.of(fc)
+    assert torch.equal(adapter.rows(), fc.weight)
+    with pytest.raises(ValueError, match="parametrized by"):
+        adapter.leaves()
+
+
+def test_of_an_adapter_is_itself() -> None:
+    adapter = spalign.Classifier(nn.Linear(7, 5))
+    assert spalign.Classifier.of(adapter) is adapter
+
+
+def test_same_weight() -> None:
+    fc = nn.Linear(7, 5)
+    assert spalign.Classifier(fc).same_weight(spalign.Classifier(fc))
+    assert spalign.Classifier(fc).same_weight(spalign.Classifier(fc.weight))
+    assert not spalign.Classifier(fc).same_weight(spalign.Classifier(nn.Linear(7, 5)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_rows_keep_the_dtype_of_the_weight(dtype: torch.dtype) -> None:
+    fc = nn.Linear(7, 5).to(dtype)
+    assert spalign.Classifier.of(fc).rows().dtype == dtype
+
+
+def test_copies_are_of_the_module_and_pickle_works() -> None:
+    fc = nn.Linear(7, 5)
+    adapter = spalign.Classifier(fc)
+    for other in (copy.deepcopy(adapter), pickle.loads(pickle.dumps(adapter))):
+        assert other.shape == (5, 7)
+        write(other, torch.zeros(5, 7))
+        assert fc.weight.any()
+    model = nn.ModuleDict({"fc": fc})
+    both = copy.deepcopy({"model": model, "adapter": adapter})
+    copied_model, copied = both["model"], both["adapter"]
+    assert isinstance(copied, spalign.Classifier)
+    assert isinstance(copied_model, nn.ModuleDict)
+    assert copied.module is copied_model["fc"]
+
+
+def test_repr_says_what_it_is() -> None:
+    assert repr(spalign.Classifier(nn.Linear(7, 5))) == "Classifier(Linear.weight, 5 classes x 7 features)"
