@@ -8,7 +8,6 @@ the mean cosine between classifier rows and centred class means, and saves a fig
 
 Shapes: S seeds, E epochs, 5 measures (accuracy all, many, medium, few in percent; alignment).
 """
-# mypy: disable-error-code="import-untyped, no-untyped-call"
 
 import argparse
 from pathlib import Path

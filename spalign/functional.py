@@ -18,12 +18,10 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 __all__ = [
     "BatchShare",
     "RotatedRows",
-    "RunningSums",
     "alignment",
     "alignment_loss",
     "alignment_loss_and_grad",
@@ -49,23 +47,6 @@ _LERP_ANGLE = 1e-4
 # ----------------------------------------------------------------------------------------------------------------------
 # Class means
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-class RunningSums(NamedTuple):
-    """What keeps the global mean cheap: both are updated in place beside the class means.
-
-    Attributes:
-        mean_sum: (D,) float64, sum of the class means of the seen classes.
-        num_seen: (1,) float64, how many classes have been seen.
-    """
-
-    mean_sum: Tensor
-    num_seen: Tensor
-
-    def refresh_(self, mean_CD: Tensor, weight_C: Tensor) -> None:
-        """Recompute both from the means (C, D) and weights (C,), O(C D). Rows of unseen classes are zero."""
-        self.mean_sum.copy_(mean_CD.sum(0, dtype=self.mean_sum.dtype))
-        self.num_seen.copy_((weight_C > 0).sum())
 
 
 class BatchShare(NamedTuple):
@@ -115,23 +96,31 @@ def _zero_non_finite_(x: Tensor) -> Tensor:
     return x.nan_to_num_(0.0, 0.0, 0.0)
 
 
-def _parse_batch(features: Tensor, targets: Tensor, num_classes: int, ignore_index: int, dtype: torch.dtype) -> _Batch:
+def _parse_batch(
+    features: Tensor, targets: Tensor, num_classes: int, ignore_index: int, dtype: torch.dtype, in_range: bool = False
+) -> _Batch:
+    """Parse a batch. ``in_range`` says that all of ``targets`` are known to be labels of classes to take in."""
     h_ND = features.to(dtype)
-    # A row sum is finite exactly when every entry is (or when it overflows, and with it the mean would).
-    finite_N = torch.isfinite(h_ND.sum(1))
+    # A row sum is finite exactly when every entry is (or when it overflows, and with it the mean would). Inf - inf is
+    # nan, and nan is not itself.
+    row_N = h_ND.sum(1)
+    row_N = row_N - row_N
+    usable_N = row_N == row_N
     if not targets.is_floating_point():
-        targets = targets.long()  # num_classes may not fit into uint8
-        usable_N = (targets >= 0) & (targets < num_classes) & finite_N
-        if 0 <= ignore_index < num_classes:
-            usable_N = usable_N & (targets != ignore_index)
-        return _Batch(h_ND, usable_N.to(dtype), torch.where(usable_N, targets, 0))
+        labels_N = targets.long()  # num_classes may not fit into uint8
+        if not in_range:
+            usable_N = usable_N & (labels_N >= 0) & (labels_N < num_classes)
+            if 0 <= ignore_index < num_classes:
+                usable_N = usable_N & (labels_N != ignore_index)
+            labels_N = torch.where(usable_N, labels_N, 0)
+        return _Batch(h_ND, usable_N.to(dtype), labels_N)
     # A row's floor is what label smoothing spreads over every class; it says nothing of the class, so it is subtracted
     # and the rest rescaled to the row's sum (pitfall D8). What a uniform row leaves is rounding noise: it weighs 0.
     q_NC = targets.to(dtype)
     total_N = q_NC.sum(1)
     excess_NC = q_NC - q_NC.amin(1, keepdim=True)
     excess_N = excess_NC.sum(1)
-    usable_N = finite_N & torch.isfinite(total_N) & (total_N > 0) & (excess_N > 1e-6 * total_N)
+    usable_N = usable_N & torch.isfinite(total_N) & (total_N > 0) & (excess_N > 1e-6 * total_N)
     scale_N = torch.where(usable_N, total_N / torch.where(usable_N, excess_N, 1.0), 0.0)
     return _Batch(h_ND, _zero_non_finite_(excess_NC) * scale_N.unsqueeze(1), None)
 
@@ -180,7 +169,7 @@ def _update_from_statistics_(
     sum_CD: Tensor,
     batch_weight_C: Tensor,
     momentum: float | None,
-    sums: RunningSums | None,
+    mean_sum_D: Tensor | None,
 ) -> Tensor:
     """Move class means in place by a batch given as sums and weights, O(C D). Return the rates r_C."""
     has_C = batch_weight_C > 0
@@ -193,8 +182,8 @@ def _update_from_statistics_(
         rate_C = torch.where(first_C, part_C, momentum * part_C)
     delta_CD = (sum_CD - mean_CD * batch_weight_C.unsqueeze(1)).mul_(rate_C.unsqueeze(1))
     mean_CD.add_(delta_CD)
-    if sums is not None:
-        sums.refresh_(mean_CD, weight_C)
+    if mean_sum_D is not None:
+        mean_sum_D.copy_(mean_CD.sum(0, dtype=mean_sum_D.dtype))
     return rate_C
 
 
@@ -204,7 +193,7 @@ def _update_from_rows_(
     batch: _Batch,
     labels_N: Tensor,
     momentum: float | None,
-    sums: RunningSums | None,
+    mean_sum_D: Tensor | None,
     scratch_C: Tensor | None,
 ) -> Tensor:
     """Move class means in place by the samples of a batch with class indices, O(N D). Return the rates r_N."""
@@ -218,24 +207,26 @@ def _update_from_rows_(
     before_N = weight_C.index_select(0, labels_N)
     after_N = before_N + count_N
     weight_C.index_copy_(0, labels_N, after_N)
-    usable_N, first_N = batch.weight > 0, before_N == 0
-    part_N = torch.where(usable_N, 1.0 / count_N, 0.0)  # of its class's batch mean
+    # A usable sample counts itself; where none is, the weight of 0 decides.
+    part_N = batch.weight / count_N.clamp(min=1.0)
     if momentum is None:
-        rate_N = torch.where(usable_N, 1.0 / after_N, 0.0)
+        rate_N = batch.weight / after_N.clamp(min=1.0)
     else:
-        rate_N = torch.where(first_N, part_N, momentum * part_N)
+        # part for new classes and momentum * part for others, exactly: either term is 0.
+        seen_part_N = part_N * before_N.sign()
+        rate_N = torch.add(part_N - seen_part_N, seen_part_N, alpha=momentum)
 
-    before_ND = mean_CD.index_select(0, labels_N)
-    delta_ND = _zero_non_finite_(batch.h - before_ND).mul_(rate_N.unsqueeze(1))
-    mean_CD.index_add_(0, labels_N, delta_ND)
-    if sums is not None:
+    # One block of memory for both: on the CPU, asking for it afresh costs more than the arithmetic.
+    before_ND, row_ND = mean_CD.new_empty(2, *batch.h.shape).unbind()
+    torch.index_select(mean_CD, 0, labels_N, out=before_ND)
+    _zero_non_finite_(torch.sub(batch.h, before_ND, out=row_ND)).mul_(rate_N.unsqueeze(1))
+    mean_CD.index_add_(0, labels_N, row_ND)
+    if mean_sum_D is not None:
         # What the means really moved by, not what they should have: a mean that has converged stops a rounding error
         # short, and adding up the steps it did not take would drift without bound.
-        moved_ND = mean_CD.index_select(0, labels_N).sub_(before_ND)
+        torch.index_select(mean_CD, 0, labels_N, out=row_ND).sub_(before_ND)
         with _no_autocast(mean_CD):
-            sums.mean_sum.add_(torch.mv(moved_ND.t(), part_N))
-        # Rounding makes the sum of the shares of new classes the integer that it is.
-        sums.num_seen.add_((part_N * first_N).sum().round_())
+            mean_sum_D.add_(torch.mv(row_ND.t(), part_N))
     return rate_N
 
 
@@ -247,7 +238,7 @@ def update_class_means_(
     *,
     momentum: float | None = 0.1,
     ignore_index: int = -100,
-    sums: RunningSums | None = None,
+    mean_sum_D: Tensor | None = None,
     scratch_C: Tensor | None = None,
 ) -> BatchShare:
     """Move class means towards a batch, in place.
@@ -263,7 +254,7 @@ def update_class_means_(
         targets: (N,) integer class indices, or (N, C) float soft labels, of which each row's floor is ignored.
         momentum: weight of the new value as in BatchNorm; ``None`` for the exact cumulative mean.
         ignore_index: label of samples to pass over. Labels outside [0, C) and rows with a non-finite value are too.
-        sums: running sums to keep up to date, written.
+        mean_sum_D: (D,) float64 sum of the class means, written; what makes the global mean cheap.
         scratch_C: (C,) zeros in the dtype of ``mean_CD``, zeros again on return; spares an allocation of C per call.
 
     Returns:
@@ -284,11 +275,12 @@ def update_class_means_(
         targets,
         momentum=momentum,
         ignore_index=ignore_index,
-        sums=sums,
+        mean_sum_D=mean_sum_D,
         scratch_C=scratch_C,
     )
 
 
+@torch.no_grad()
 def _absorb_batch_(
     mean_CD: Tensor,
     weight_C: Tensor,
@@ -297,24 +289,26 @@ def _absorb_batch_(
     *,
     momentum: float | None,
     ignore_index: int,
-    sums: RunningSums | None,
+    mean_sum_D: Tensor | None,
     scratch_C: Tensor | None,
+    in_range: bool = False,
     reduce: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     feature_scale: int = 1,
 ) -> BatchShare:
     """:func:`update_class_means_`, with ``reduce`` adding up the statistics of several ranks before they are used.
 
-    ``feature_scale`` multiplies the share: gradients of a loss that every rank computes in full are averaged over the
-    ranks, but each rank's features exist on that rank alone (pitfall C3).
+    ``in_range`` says that all labels are known to be class indices. ``feature_scale`` multiplies the share: gradients
+    of a loss that every rank computes in full are averaged over the ranks, but each rank's features exist on that rank
+    alone (pitfall C3).
     """
-    batch = _parse_batch(features, targets, mean_CD.shape[0], ignore_index, mean_CD.dtype)
+    batch = _parse_batch(features, targets, mean_CD.shape[0], ignore_index, mean_CD.dtype, in_range)
     if batch.labels is not None and reduce is None:
-        rate_N = _update_from_rows_(mean_CD, weight_C, batch, batch.labels, momentum, sums, scratch_C)
+        rate_N = _update_from_rows_(mean_CD, weight_C, batch, batch.labels, momentum, mean_sum_D, scratch_C)
         return BatchShare(rate_N, batch.labels)
     sum_CD, batch_weight_C = _batch_statistics(batch, mean_CD.shape[0])
     if reduce is not None:
         sum_CD, batch_weight_C = reduce(sum_CD, batch_weight_C)
-    rate_C = _update_from_statistics_(mean_CD, weight_C, sum_CD, batch_weight_C, momentum, sums) * feature_scale
+    rate_C = _update_from_statistics_(mean_CD, weight_C, sum_CD, batch_weight_C, momentum, mean_sum_D) * feature_scale
     rate_N = rate_C if batch.labels is None else rate_C[batch.labels]
     return BatchShare(batch.weight * rate_N, batch.labels)
 
@@ -355,6 +349,15 @@ def _apply(function: Any, *args: Tensor | None) -> Tensor:
     return result
 
 
+def _refuse_double_backward() -> None:
+    # Gradients are enabled inside backward exactly under create_graph=True.
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "create_graph=True asks for second derivatives, but spalign has closed forms of the first alone; keep its "
+            "term out of the part of the loss that is differentiated twice"
+        )
+
+
 class _AttachFeatures(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, mean_CD: Tensor, features: Tensor, rate: Tensor, index: Tensor | None) -> Tensor:
@@ -363,8 +366,8 @@ class _AttachFeatures(torch.autograd.Function):
         return mean_CD.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_CD: Tensor) -> Any:
+        _refuse_double_backward()
         rate, index = ctx.saved_tensors
         return None, BatchShare(rate, index).pull_back(grad_CD).to(ctx.dtype), None, None
 
@@ -409,13 +412,14 @@ def _inverse_norms(x_CD: Tensor, usable_C: Tensor, floor: float | Tensor = 0.0) 
 
 def _centered(mean_CD: Tensor, seen_C: Tensor, center_D: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return d_CD = mu - mu_G and 1 / |d_c|, 0 where the class has no direction."""
-    noise = 16 * torch.finfo(_math_dtype(mean_CD)).eps
+    floor = 16 * torch.finfo(_math_dtype(mean_CD)).eps
     mean_CD = mean_CD.to(dtype)
-    center_D = global_mean(mean_CD, seen_C) if center_D is None else center_D.to(dtype)
-    d_CD = mean_CD - center_D
-    # A difference of this size is the rounding of its terms: it points nowhere. So does that of a single class.
-    floor = noise**2 * (center_D * center_D).sum()
-    return d_CD, _inverse_norms(d_CD, seen_C & (seen_C.sum() > 1), floor)
+    if center_D is None:
+        center_D = global_mean(mean_CD, seen_C)
+        seen_C = seen_C & (seen_C.sum() > 1)  # a single class lies on the global mean
+    d_CD = mean_CD - center_D.to(dtype)
+    # A difference of this size is the rounding of its terms: it points nowhere.
+    return d_CD, _inverse_norms(d_CD, seen_C, floor**2 * (center_D * center_D).sum())
 
 
 def _rows(weight_CD: Tensor, mean_CD: Tensor, seen_C: Tensor, center_D: Tensor | None) -> _Rows:
@@ -480,8 +484,8 @@ class _KnownGradient(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_value: Tensor) -> Any:
+        _refuse_double_backward()
         grads: list[Tensor | None] = [None]
         for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True):
             # A half-precision loss scale must meet the gradient before the cast, or small values are lost.

@@ -81,14 +81,15 @@ class SpARegLoss(nn.Module):
             weight_CD = weight_CD.detach()
         share = None
         if features is not None and targets is not None:
-            features, targets = self.tracker._checked(features, targets)
+            features, targets, in_range = self.tracker._checked(features, targets)
             if self.training:
-                share = self.tracker._absorb(features, targets)
+                share = self.tracker._absorb(features, targets, in_range)
+        mean_CD, alignable_C, center_D = self.tracker._geometry()
         return functional.alignment_loss(
             weight_CD,
-            self.tracker.mean,
-            self.tracker.seen,
-            center_D=self.tracker.center,
+            mean_CD,
+            alignable_C,
+            center_D=center_D,
             features=None if self.align == "classifier" else features,
             share=share,
         )

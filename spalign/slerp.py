@@ -101,13 +101,14 @@ class SpASlerp:
         """
         weight_CD = self.classifier.rows()
         self.tracker._check_device("the classifier is", weight_CD)
+        mean_CD, alignable_C, center_D = self.tracker._geometry()
         result = functional.slerp(
             weight_CD,
-            self.tracker.mean,
-            self.tracker.seen,
+            mean_CD,
+            alignable_C,
             alpha=functional.cosine_schedule(self.last_step + 1, self.total_steps, self.alpha_max),
             threshold=self.threshold,
-            center_D=self.tracker.center,
+            center_D=center_D,
         )
         self.classifier.write(result.weight, result.rotated)
         self.last_step += 1

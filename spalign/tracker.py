@@ -1,7 +1,6 @@
 """Running class means of features: the one state that the three strategies share."""
 
 from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 import torch
@@ -11,7 +10,7 @@ from typing_extensions import Self
 from spalign import distributed, functional
 from spalign.classifier import Classifier, ClassifierLike
 from spalign.distributed import Group
-from spalign.functional import BatchShare, RunningSums
+from spalign.functional import BatchShare
 
 __all__ = ["ClassMeanTracker"]
 
@@ -62,7 +61,6 @@ class ClassMeanTracker(nn.Module):
     mean: Tensor
     weight: Tensor
     mean_sum: Tensor
-    num_seen: Tensor
     _scratch: Tensor
 
     def __init__(
@@ -92,8 +90,6 @@ class ClassMeanTracker(nn.Module):
         self.register_buffer("mean", torch.zeros(num_classes, feature_dim, device=device, dtype=torch.float32))
         self.register_buffer("weight", torch.zeros(num_classes, device=device, dtype=torch.float32))
         self.register_buffer("mean_sum", torch.zeros(feature_dim, device=device, dtype=torch.float64))
-        # One entry, not none: torch.compile loses in-place updates of 0-dim float64 tensors.
-        self.register_buffer("num_seen", torch.zeros(1, device=device, dtype=torch.float64))
         self.register_buffer("_scratch", torch.zeros_like(self.weight), persistent=False)
 
     @classmethod
@@ -132,13 +128,13 @@ class ClassMeanTracker(nn.Module):
     @property
     def center(self) -> Tensor:
         """(D,) global mean ``mu_G``, the mean of the class means over the classes seen; no pass over (C, D)."""
-        return (self.mean_sum / self.num_seen.clamp(min=1.0)).to(self.mean.dtype)
+        return self._geometry()[2]
 
     def directions(self) -> Tensor:
         """Return ``mu_hat`` (C, D), unit rows of mean minus global mean; zero rows for classes without a direction."""
-        return functional.directions(self.mean, self.seen, center_D=self.center)
+        mean_CD, alignable_C, center_D = self._geometry()
+        return functional.directions(mean_CD, alignable_C, center_D=center_D)
 
-    @torch.no_grad()
     def update(self, features: Tensor, targets: Tensor) -> None:
         """Take in a batch, whatever the training mode.
 
@@ -163,22 +159,22 @@ class ClassMeanTracker(nn.Module):
         so that averaged gradients equal those of one process (pitfall C3). The result is a copy: later updates do not
         touch it. In evaluation mode the state is returned as it is. Arguments and errors as :meth:`update`.
         """
-        flat_ND, flat_targets = self._checked(features, targets)
+        flat_ND, flat_targets, in_range = self._checked(features, targets)
         if not self.training:
             return self.mean.clone()
-        share = self._absorb(flat_ND, flat_targets)
+        share = self._absorb(flat_ND, flat_targets, in_range)
         return functional.attach_features(self.mean, flat_ND, share)
 
     def reset(self) -> None:
         """Forget every class, in place."""
-        for buffer in (self.mean, self.weight, self.mean_sum, self.num_seen, self._scratch):
+        for buffer in (self.mean, self.weight, self.mean_sum, self._scratch):
             buffer.zero_()
 
     def train(self, mode: bool = True) -> Self:
         """Set the training mode. Leaving it sums the class means afresh, which keeps rounding out of ``center``."""
         if self.training and not mode:
             with torch.no_grad():
-                RunningSums(self.mean_sum, self.num_seen).refresh_(self.mean, self.weight)
+                self.mean_sum.copy_(self.mean.sum(0, dtype=torch.float64))
         return super().train(mode)
 
     def extra_repr(self) -> str:
@@ -189,31 +185,49 @@ class ClassMeanTracker(nn.Module):
 
         def keep_precision(t: Tensor) -> Tensor:
             out = fn(t)
-            narrowed = out.dtype in _HALF or t is self.mean_sum or t is self.num_seen
+            narrowed = out.dtype in _HALF or t is self.mean_sum
             return t.to(out.device) if narrowed and out.dtype != t.dtype else out
 
         super()._apply(keep_precision, recurse)  # type: ignore[no-untyped-call]
         return self
 
-    @torch.no_grad()
-    def _absorb(self, features: Tensor, targets: Tensor) -> BatchShare:
+    def _geometry(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what the functions of :mod:`spalign.functional` take: means (C, D), classes to align (C,), mu_G (D,).
+
+        A single class lies on the global mean to within rounding, which would pass for a direction: none is returned.
+        """
+        seen_C = self.seen
+        num_seen = seen_C.sum()
+        center_D = (self.mean_sum / num_seen.clamp(min=1)).to(self.mean.dtype)
+        return self.mean, seen_C & (num_seen > 1), center_D
+
+    def _absorb(self, features: Tensor, targets: Tensor, in_range: bool) -> BatchShare:
         """Take in a batch that passed :meth:`_checked`. Return how far each sample moved the means."""
         ranks = distributed.world_size(self.process_group)
         return functional._absorb_batch_(
             self.mean,
             self.weight,
-            features.detach(),
+            features,
             targets,
             momentum=self.momentum,
             ignore_index=self.ignore_index,
-            sums=RunningSums(self.mean_sum, self.num_seen),
+            mean_sum_D=self.mean_sum,
             scratch_C=self._scratch,
-            reduce=None if ranks == 1 else partial(distributed.all_reduce_statistics, group=self.process_group),
+            in_range=in_range,
+            reduce=None if ranks == 1 else self._reduce,
             feature_scale=ranks,
         )
 
-    def _checked(self, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Return features (N, D) and targets (N,) or (N, C), dense predictions flattened, or raise ValueError."""
+    def _reduce(self, sum_CD: Tensor, weight_C: Tensor) -> tuple[Tensor, Tensor]:
+        return distributed.all_reduce_statistics(sum_CD, weight_C, self.process_group)
+
+    def _checked(self, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, bool]:
+        """Check a batch, or raise ValueError.
+
+        Returns:
+            features (N, D) and targets (N,) or (N, C), dense predictions flattened; and whether all targets are known
+            to be class indices in [0, C), none of them to be ignored.
+        """
         shape, dim = tuple(features.shape), self.feature_dim
         if features.ndim < 2 or shape[1] != dim:
             raise ValueError(
@@ -233,12 +247,12 @@ class ClassMeanTracker(nn.Module):
             )
         self._check_device("features are", features)
         self._check_device("targets are", targets)
-        if type(targets) is Tensor and targets.is_cpu and not torch.compiler.is_compiling():
-            self._check_values(targets)
+        readable = type(targets) is Tensor and targets.is_cpu and not torch.compiler.is_compiling()
+        in_range = readable and self._check_values(targets)
         if len(shape) > 2:
             features = features.movedim(1, -1).reshape(-1, dim)
             targets = targets.movedim(1, -1).reshape(-1, self.num_classes) if soft else targets.reshape(-1)
-        return features, targets
+        return features, targets, in_range
 
     def _check_device(self, what: str, tensor: Tensor) -> None:
         if tensor.device != self.mean.device:
@@ -255,21 +269,25 @@ class ClassMeanTracker(nn.Module):
                 "weight's layout with spalign.Classifier(module, class_dim=1)"
             )
 
-    def _check_values(self, targets: Tensor) -> None:
-        """Refuse labels out of range. On the CPU only, and through numpy: a device would have to be waited for."""
+    def _check_values(self, targets: Tensor) -> bool:
+        """Refuse targets out of range, and return whether all are class indices to take in.
+
+        On the CPU only, and through numpy: a device would have to be waited for.
+        """
         if targets.numel() == 0:
-            return
+            return False
         if targets.is_floating_point():
             lowest = float(np.fmin.reduce(targets.detach().double().numpy(), axis=None))
             if lowest < 0:
                 raise ValueError(f"soft labels contain {lowest:.6g}, expected weights of at least 0")
-            return
-        labels = targets.numpy()
-        if labels.min() >= 0 and labels.max() < self.num_classes:
-            return
-        wrong = labels[((labels < 0) | (labels >= self.num_classes)) & (labels != self.ignore_index)]
+            return False
+        labels, ignored, c = targets.numpy(), self.ignore_index, self.num_classes
+        if labels.min() >= 0 and labels.max() < c:
+            return not 0 <= ignored < c
+        wrong = labels[((labels < 0) | (labels >= c)) & (labels != ignored)]
         if wrong.size:
             raise ValueError(
-                f"targets contain the label {wrong.flat[0]}, expected 0 to {self.num_classes - 1} or ignore_index = "
-                f"{self.ignore_index}; relabel, or build the tracker with the classifier's num_classes"
+                f"targets contain the label {wrong.flat[0]}, expected 0 to {c - 1} or ignore_index = {ignored}; "
+                "relabel, or build the tracker with the classifier's num_classes"
             )
+        return False

@@ -17,11 +17,6 @@ import spalign
 from spalign.classifier import ClassifierLike
 
 
-def backward(loss: Tensor) -> None:
-    """Run the backward pass (torch leaves ``Tensor.backward`` unannotated)."""
-    loss.backward()  # type: ignore[no-untyped-call]
-
-
 def to_numpy(x: Tensor) -> Array:
     """Return a float64 numpy copy."""
     return np.asarray(x.detach().to(torch.float64).numpy().copy(), dtype=np.float64)
@@ -62,7 +57,9 @@ def make_problem(
     return Problem(w.to(dtype), mean.to(dtype), seen, g.to(dtype))
 
 
-def make_batch(seed: int, n: int, num_classes: int, dim: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+def make_batch(
+    seed: int, n: int, num_classes: int, dim: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
     """Return features around class centres, and labels."""
     rng = torch.Generator().manual_seed(seed)
     y = torch.randint(0, num_classes, (n,), generator=rng)
@@ -123,7 +120,7 @@ class Head(NamedTuple):
     logits: Callable[[Tensor], Tensor]
 
     def rows(self) -> Tensor:
-        """Return the effective rows (C, D), read off the logits of the unit vectors: what the next forward pass does."""
+        """Return the effective rows (C, D), read off the logits of unit vectors: what the next forward pass does."""
         dim = spalign.Classifier.of(self.classifier).feature_dim
         p = self.parameters[0]
         with torch.no_grad():
@@ -150,12 +147,12 @@ def _conv(w: Tensor) -> Head:
         out: Tensor = conv(h[:, :, None, None])
         return out[:, :, 0, 0]
 
-    return Head(conv, [conv.weight], logits)
+    return Head(conv, list(conv.parameters()), logits)
 
 
 def _weight_norm(w: Tensor) -> Head:
     head = nn.utils.parametrizations.weight_norm(_linear(w))
-    _spread_norms(head.parametrizations["weight"].original1)  # type: ignore[index, union-attr]
+    _spread_norms(head.parametrizations["weight"].original1)
     return _head(head)
 
 

@@ -70,7 +70,12 @@ def update_rates(weight_C: Array, batch_C: Array, momentum: float | None) -> Arr
 
 
 def update_class_means(
-    mean_CD: Array, weight_C: Array, h_ND: Array, targets: Array | Ints, momentum: float | None, ignore_index: int = -100
+    mean_CD: Array,
+    weight_C: Array,
+    h_ND: Array,
+    targets: Array | Ints,
+    momentum: float | None,
+    ignore_index: int = -100,
 ) -> tuple[Array, Array]:
     """Return means and weights after a batch: mu'_c = mu_c + r_c sum_i q_ic (h_i - mu_c)."""
     q_NC = label_weights(h_ND, targets, len(mean_CD), ignore_index)
@@ -166,7 +171,7 @@ def angle(a: Array, b: Array) -> float:
 
 def slerp(w_CD: Array, mean_CD: Array, seen_C: Bools, alpha: float, threshold: float) -> Array:
     """Rotate by the SLERP equation (unnumbered), with the angle from atan2 and the limits at 0 and pi."""
-    out = w_CD.copy()
+    out: Array = w_CD.copy()
     for c, w_hat, mu_hat in _aligned_pairs(w_CD, mean_CD, seen_C):
         theta = angle(w_CD[c], mu_hat)
         if float(w_hat @ mu_hat) >= threshold or theta > math.pi - ANTIPODAL_MARGIN or alpha == 0:
@@ -183,7 +188,7 @@ def project_gradient(
     g_CD: Array, w_CD: Array, mean_CD: Array, seen_C: Bools, gamma: float, radial: str = "paper"
 ) -> Array:
     """Eqs. 17 to 20, with <mu_hat, w_hat> in Eq. 18 where the paper prints <g, w_hat>."""
-    out = g_CD.copy()
+    out: Array = g_CD.copy()
     for c, w_hat, mu_hat in _aligned_pairs(w_CD, mean_CD, seen_C):
         g = g_CD[c]
         g_rad = (g @ w_hat) * w_hat  # Eq. 17

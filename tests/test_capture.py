@@ -4,6 +4,7 @@ import copy
 import gc
 import pickle
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ def test_records_the_input_of_the_classifier_in_its_graph() -> None:
     net(x)
     h = features()
     assert torch.equal(h, net[1](net[0](x)))
-    (grad,) = torch.autograd.grad(h.sum(), net[0].weight)
+    (grad,) = torch.autograd.grad(h.sum(), next(net.parameters()))
     assert grad.any()
 
 
@@ -81,10 +82,12 @@ def test_dense_shapes_come_out_as_the_tracker_takes_them() -> None:
     tokens, pixels = spalign.FeatureCapture(linear), spalign.FeatureCapture(conv)
     x = torch.randn(2, 5, 8)
     linear(x)
-    assert torch.equal(h := tokens(), x.movedim(-1, 1))
+    h = tokens()
+    assert torch.equal(h, x.movedim(-1, 1))
     spalign.ClassMeanTracker.for_classifier(linear).update(h, torch.zeros(2, 5, dtype=torch.int64))
     conv(torch.randn(2, 8, 4, 6))
-    assert (h := pixels()).shape == (2, 8, 4, 6)
+    h = pixels()
+    assert h.shape == (2, 8, 4, 6)
     spalign.ClassMeanTracker.for_classifier(conv).update(h, torch.zeros(2, 4, 6, dtype=torch.int64))
 
 
@@ -111,9 +114,13 @@ def test_remove_stops_and_releases() -> None:
 def test_forgetting_to_read_raises_before_memory_runs_out() -> None:
     fc = nn.Linear(8, 3)
     features = spalign.FeatureCapture(fc)
-    with pytest.raises(RuntimeError, match=r"none read"):
+
+    def forget() -> None:
         for _ in range(1000):
             fc(torch.ones(1, 8))
+
+    with pytest.raises(RuntimeError, match=r"none read"):
+        forget()
     fc(torch.ones(1, 8))
     assert len(features()) == 1
 
@@ -130,7 +137,7 @@ def test_copy_of_the_model_records_for_itself() -> None:
     for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
         other(torch.randn(7, 4))
         other(torch.randn(7, 4))
-        (hook,) = other[2]._forward_pre_hooks.values()
+        hook: Any = next(iter(other[2]._forward_pre_hooks.values()))
         own = hook.__self__
         assert isinstance(own, spalign.FeatureCapture)
         assert own is not features

@@ -176,6 +176,7 @@ def test_weight_norm_over_the_wrong_dimension_is_refused_where_leaves_matter(old
 def test_other_parametrizations_are_read_and_assigned_but_have_no_leaf_rows() -> None:
     fc = nn.utils.parametrizations.orthogonal(nn.Linear(7, 5))
     adapter = spalign.Classifier.of(fc)
+    assert isinstance(fc.weight, Tensor)
     assert torch.equal(adapter.rows(), fc.weight)
     with pytest.raises(ValueError, match="parametrized by"):
         adapter.leaves()

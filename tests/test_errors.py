@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from problems import FIXED, WithBuffer, backward, make_batch, same_state, state_of
+from problems import FIXED, WithBuffer, make_batch, same_state, state_of
 from torch import Tensor, nn
 
 import spalign
@@ -169,7 +169,7 @@ def test_modules_without_a_usable_weight(name: str) -> None:
         lambda c: build_proj(c, tracker),
     ):
         with pytest.raises(ValueError, match="expected") as info:
-            build(make())  # type: ignore[operator]
+            build(make())
         for word in words:
             assert word in str(info.value)
 
@@ -313,6 +313,6 @@ def test_a_failed_call_does_not_disturb_the_next() -> None:
     with pytest.raises(ValueError, match="label"):
         a(h, y + C)
     la, lb = a(h, y), b(h, y)
-    backward(la)
+    la.backward()
     assert torch.equal(la, lb)
     assert same_state(a, state_of(b))

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +14,9 @@ from torch import Tensor
 from spalign import functional as F
 
 # float64 against float64: the two sides add up some tens of terms of size <= 10 in different orders.
-TIGHT = {"rtol": 1e-11, "atol": 1e-12}
+TIGHT: dict[str, Any] = {"rtol": 1e-11, "atol": 1e-12}
 # The maths is float32 for inputs of at most 32 bits: a few roundings of 6e-8 on O(1) values, amplified by |mu| / |d|.
-SINGLE = {"rtol": 2e-5, "atol": 2e-6}
+SINGLE: dict[str, Any] = {"rtol": 2e-5, "atol": 2e-6}
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
@@ -23,7 +24,7 @@ def assert_close(actual: Tensor, expected: reference.Array | float, rtol: float,
     np.testing.assert_allclose(to_numpy(actual), expected, rtol=rtol, atol=atol)
 
 
-def tolerance(dtype: torch.dtype) -> dict[str, float]:
+def tolerance(dtype: torch.dtype) -> dict[str, Any]:
     """Return the rounding of the output dtype on top of that of the maths."""
     if dtype == torch.float64:
         return TIGHT
@@ -72,12 +73,12 @@ def test_class_statistics_of_parts_add_up() -> None:
 @pytest.mark.parametrize("soft", [False, True])
 def test_update_equals_the_reference_over_a_stream(momentum: float | None, soft: bool) -> None:
     mean, weight = torch.zeros(5, 6, dtype=torch.float64), torch.zeros(5, dtype=torch.float64)
-    sums = F.RunningSums(torch.zeros(6, dtype=torch.float64), torch.zeros((), dtype=torch.float64))
+    mean_sum = torch.zeros(6, dtype=torch.float64)
     want_mean, want_weight = mean.numpy().copy(), weight.numpy().copy()
     for step in range(6):
         h, y = make_batch(10 + step, 9, 5, 6, torch.float64)
         targets = soft_labels(10 + step, 9, 5) if soft else torch.where(y == 4, -100, y)
-        F.update_class_means_(mean, weight, h, targets, momentum=momentum, sums=sums)
+        F.update_class_means_(mean, weight, h, targets, momentum=momentum, mean_sum_D=mean_sum)
         want_mean, want_weight = reference.update_class_means(
             want_mean, want_weight, h.numpy(), targets.numpy(), momentum
         )
@@ -85,8 +86,7 @@ def test_update_equals_the_reference_over_a_stream(momentum: float | None, soft:
         assert_close(weight, want_weight, **TIGHT)
         seen = weight > 0
         assert not seen[4]
-        assert sums.num_seen == seen.sum()
-        assert_close(sums.mean_sum / sums.num_seen, reference.global_mean(want_mean, to_bools(seen)), **TIGHT)
+        assert_close(mean_sum / seen.sum(), reference.global_mean(want_mean, to_bools(seen)), **TIGHT)
 
 
 def test_update_with_and_without_scratch_is_the_same_and_leaves_it_zero() -> None:
@@ -114,6 +114,19 @@ def test_pure_update_equals_the_in_place_one_and_writes_nothing(momentum: float 
     F.update_class_means_(mean_before, weight_before, h, targets, momentum=momentum)
     assert torch.equal(new_mean, mean_before)
     assert torch.equal(new_weight, weight_before)
+
+
+@pytest.mark.parametrize("momentum", [None, 0.1])
+@pytest.mark.parametrize("soft", [False, True])
+def test_in_place_update_keeps_the_state_out_of_the_graph(momentum: float | None, soft: bool) -> None:
+    """Features that require a gradient are taken in as numbers."""
+    h, y = make_batch(4, 12, 6, 8, torch.float64)
+    targets = soft_labels(4, 12, 6) if soft else y
+    mean, weight = torch.zeros(6, 8, dtype=torch.float64), torch.zeros(6, dtype=torch.float64)
+    share = F.update_class_means_(mean, weight, h.clone().requires_grad_(), targets, momentum=momentum)
+    assert not mean.requires_grad
+    assert not share.rate.requires_grad
+    assert torch.equal(mean, F.update_class_means(torch.zeros_like(mean), torch.zeros_like(weight), h, targets)[0])
 
 
 @pytest.mark.parametrize("momentum", [None, 0.1])
@@ -326,9 +339,7 @@ def test_projection_at_small_angles_in_single_precision(angle: float) -> None:
     g = torch.randn(2, 6, dtype=torch.float64)
     w32, d32, g32 = (x.float() for x in (w @ q, d @ q, g))
     got = F.project_gradient(g32, w32, d32, torch.tensor([True, True]), gamma=0.0, radial="keep")
-    want = reference.project_gradient(
-        to_numpy(g32), to_numpy(w32), to_numpy(d32), np.array([True, True]), 0.0, "keep"
-    )
+    want = reference.project_gradient(to_numpy(g32), to_numpy(w32), to_numpy(d32), np.array([True, True]), 0.0, "keep")
     # float32 eps 6e-8, a dozen roundings, over the angle.
     np.testing.assert_allclose(to_numpy(got), want, atol=1e-6 / angle)
 

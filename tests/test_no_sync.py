@@ -1,8 +1,8 @@
 """No operation of update, loss, projection or rotation makes the host wait for the device (pitfall D1).
 
-Three nets: the operations dispatched on the CPU are recorded and none is one that reads a value or sizes its result by
-one; the same steps run on the meta device, whose tensors have no values to read; and the source holds no call that would
-read one. The CUDA check is in gpu/test_gpu.py.
+Three nets: the operations dispatched on the CPU are recorded, and none reads a value or sizes its result by one; the
+same steps run on the meta device, whose tensors have no values to read; and the source holds no call that would read
+one. The CUDA check is in gpu/test_gpu.py.
 """
 
 import ast
@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from problems import HEADS, backward, make_batch, make_problem
+from problems import HEADS, make_batch, make_problem
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -46,7 +46,7 @@ class Recorder(TorchDispatchMode):
     """Record the operations dispatched, and those that index by a boolean mask."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.operations: list[str] = []
         self.syncs: list[str] = []
 
@@ -113,11 +113,11 @@ def forward(device: str, kind: str) -> None:
 def loss(device: str, kind: str) -> None:
     classifier, _ = on(device)
     for align in ("both", "classifier", "features"):
-        spareg = spalign.SpARegLoss(classifier, align=align)  # type: ignore[arg-type]
+        spareg = spalign.SpARegLoss(classifier, align=align)
         for _ in range(2):
             h, y = batch(device, kind)
             h.requires_grad_()
-            backward(spareg(h, y))
+            spareg(h, y).backward()
         spareg.eval()(h, y)
 
 
@@ -136,7 +136,7 @@ def projection(device: str, head: str) -> None:
         tracker = spalign.ClassMeanTracker.for_classifier(classifier)
         tracker.update(*batch(device, "hard"))
         inner = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
-        optimizer = spalign.SpAProj(inner, classifier, tracker, gamma=0.3, radial=radial)  # type: ignore[arg-type]
+        optimizer = spalign.SpAProj(inner, classifier, tracker, gamma=0.3, radial=radial)
         for p in parameters:
             p.grad = torch.ones_like(p)
         optimizer.step()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from problems import HEADS, Head, backward, make_batch, make_problem, same_state, state_of, to_bools, to_numpy
+from problems import HEADS, Head, make_batch, make_problem, same_state, state_of, to_bools, to_numpy
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, ReduceLROnPlateau, StepLR
@@ -22,11 +22,13 @@ from spalign.functional import Radial
 
 C, D = 5, 6
 # float32 row dots of length 6 on O(1) values.
-SINGLE = {"rtol": 5e-6, "atol": 1e-6}
+SINGLE: dict[str, Any] = {"rtol": 5e-6, "atol": 1e-6}
 every_head = pytest.mark.parametrize("kind", HEADS)
 
 
-def fed(classifier: ClassifierLike, num_seen: int = C - 1, dtype: torch.dtype = torch.float32) -> spalign.ClassMeanTracker:
+def fed(
+    classifier: ClassifierLike, num_seen: int = C - 1, dtype: torch.dtype = torch.float32
+) -> spalign.ClassMeanTracker:
     tracker = spalign.ClassMeanTracker.for_classifier(classifier).to(dtype)
     tracker.update(*make_batch(1, 40, num_seen, D, dtype))
     return tracker
@@ -34,6 +36,12 @@ def fed(classifier: ClassifierLike, num_seen: int = C - 1, dtype: torch.dtype = 
 
 def rows(dtype: torch.dtype = torch.float32) -> Tensor:
     return make_problem(1, num_classes=C, dim=D, dtype=dtype).w
+
+
+def expected(g: Tensor, w: Tensor, tracker: spalign.ClassMeanTracker) -> reference.Array:
+    """Return Eq. 20 with gamma = 0.3."""
+    mean, seen = to_numpy(tracker.mean), to_bools(tracker.seen)
+    return reference.project_gradient(to_numpy(g), to_numpy(w), mean, seen, 0.3)
 
 
 def logit_loss(head: Head, seed: int = 5, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -64,7 +72,7 @@ class Setup:
         def run() -> float:
             self.optimizer.zero_grad()
             loss = self.loss(seed)
-            backward(loss)
+            loss.backward()
             return loss.item()
 
         return run
@@ -106,8 +114,8 @@ def test_gradient_of_the_rows_is_that_of_eq_20(kind: str, radial: Radial, sign: 
     tracker = fed(head.classifier, dtype=torch.float64)
     optimizer = spalign.SpAProj(SGD(head.parameters, lr=0.0), head.classifier, tracker, gamma=0.3, radial=radial)
     row_head = HEADS["parameter"](w)
-    backward(logit_loss(head, dtype=torch.float64))
-    backward(logit_loss(row_head, dtype=torch.float64))
+    logit_loss(head, dtype=torch.float64).backward()
+    logit_loss(row_head, dtype=torch.float64).backward()
     g = row_head.parameters[0].grad
     assert g is not None
     optimizer.step()
@@ -128,9 +136,7 @@ def test_every_dtype_of_weight(dtype: torch.dtype) -> None:
     tracker = fed(p)
     optimizer = spalign.SpAProj(SGD([p], lr=0.0), p, tracker, gamma=0.3)
     p.grad = make_problem(2, num_classes=C, dim=D, dtype=dtype).g.clone()
-    want = reference.project_gradient(
-        to_numpy(p.grad), to_numpy(p), to_numpy(tracker.mean), to_bools(tracker.seen), 0.3
-    )
+    want = expected(p.grad, p, tracker)
     optimizer.step()
     assert p.grad is not None
     assert p.grad.dtype == dtype
@@ -160,7 +166,7 @@ def test_without_means_a_run_is_bit_equal_to_no_wrapper(kind: str) -> None:
             optimizer = spalign.SpAProj(optimizer, head.classifier, tracker, gamma=0.0)
         for seed in range(5):
             optimizer.zero_grad()
-            backward(logit_loss(head, seed))
+            logit_loss(head, seed).backward()
             optimizer.step()
         results.append([p.detach().clone() for p in head.parameters])
     assert same(*results)
@@ -181,7 +187,7 @@ def test_rows_of_unseen_classes_keep_their_gradient_bit_for_bit() -> None:
 def test_gamma_1_changes_no_bit(kind: str) -> None:
     head = HEADS[kind](rows())
     optimizer = spalign.SpAProj(SGD(head.parameters, lr=0.0), head.classifier, fed(head.classifier), gamma=1.0)
-    backward(logit_loss(head))
+    logit_loss(head).backward()
     before = [p.grad.clone() for p in head.parameters if p.grad is not None]
     optimizer.step()
     assert same([p.grad for p in head.parameters if p.grad is not None], before)
@@ -200,9 +206,9 @@ def test_projection_is_applied_once_per_step_after_accumulation_and_clipping() -
     """Pitfalls A16 and A18: k micro-batches give what one batch gives, and the clipped norm is not exceeded."""
     one, many = Setup(SGD, lr=0.1), Setup(SGD, lr=0.1)
     xs, ys = zip(*(make_batch(s, 8, C, 4) for s in range(4)), strict=True)
-    backward(nn.functional.cross_entropy(one.model(torch.cat(xs)), torch.cat(ys)))
+    nn.functional.cross_entropy(one.model(torch.cat(xs)), torch.cat(ys)).backward()
     for x, y in zip(xs, ys, strict=True):
-        backward(nn.functional.cross_entropy(many.model(x), y) / 4)
+        (nn.functional.cross_entropy(many.model(x), y) / 4).backward()
     for s in (one, many):
         nn.utils.clip_grad_norm_(s.model.parameters(), 0.1)
         s.optimizer.step()
@@ -231,7 +237,7 @@ def test_two_classifiers_on_one_optimizer() -> None:
     want = []
     for p, t in zip(heads, trackers, strict=True):
         p.grad = torch.randn(C, D)
-        want.append(reference.project_gradient(*(to_numpy(x) for x in (p.grad, p, t.mean)), to_bools(t.seen), 0.3))
+        want.append(expected(p.grad, p, t))
     second.step()
     for p, w in zip(heads, want, strict=True):
         assert p.grad is not None
@@ -252,7 +258,7 @@ def test_all_gradients_missing_is_a_step_that_does_nothing() -> None:
 
 def test_only_the_classifiers_gradient_missing_raises_and_says_how_to_proceed() -> None:
     s = Setup(SGD, lr=0.1)
-    backward(s.loss(0))
+    s.loss(0).backward()
     s.fc.weight.grad = None
     before = s.weights()
     with pytest.raises(RuntimeError, match=r"has no gradient.*DeepSpeed.*project_gradient"):
@@ -265,7 +271,7 @@ def test_a_classifier_that_the_optimizer_does_not_hold_raises_at_the_first_step(
     s = Setup(SGD, lr=0.1)
     other = SGD(s.encoder.parameters(), lr=0.1)
     optimizer = spalign.SpAProj(other, s.fc, s.tracker, gamma=0.3)
-    backward(s.loss(0))
+    s.loss(0).backward()
     with pytest.raises(RuntimeError, match=r"does not hold the parameter"):
         optimizer.step()
 
@@ -275,16 +281,14 @@ def test_a_replaced_parameter_raises_until_the_optimizer_holds_it() -> None:
     s = Setup(SGD, lr=0.1)
     s.train(1)
     s.fc.load_state_dict(copy.deepcopy(s.fc.state_dict()), assign=True)
-    backward(s.loss(1))
+    s.loss(1).backward()
     with pytest.raises(RuntimeError, match=r"does not hold the parameter"):
         s.optimizer.step()
     s.inner.param_groups[0]["params"] = list(s.model.parameters())
     s.inner.state.clear()
     g = s.fc.weight.grad
     assert g is not None
-    want = reference.project_gradient(
-        *(to_numpy(x) for x in (g, s.fc.weight, s.tracker.mean)), to_bools(s.tracker.seen), 0.3
-    )
+    want = expected(g, s.fc.weight, s.tracker)
     s.optimizer.step()
     np.testing.assert_allclose(to_numpy(g), want, **SINGLE)
 
@@ -499,7 +503,7 @@ def test_grad_scaler_equals_the_unscaled_run_and_skips_inf(make: Callable[..., O
         nn.utils.clip_grad_norm_(plain.model.parameters(), 0.5)
         plain.optimizer.step()
         scaled.optimizer.zero_grad()
-        backward(scaler.scale(scaled.loss(seed)))
+        scaler.scale(scaled.loss(seed)).backward()
         scaler.unscale_(scaled.optimizer)
         nn.utils.clip_grad_norm_(scaled.model.parameters(), 0.5)
         scaler.step(scaled.optimizer)
@@ -510,14 +514,14 @@ def test_grad_scaler_equals_the_unscaled_run_and_skips_inf(make: Callable[..., O
     plain.closure(9)()
     plain.optimizer.step()
     scaled.optimizer.zero_grad()
-    backward(scaler.scale(scaled.loss(9)))
+    scaler.scale(scaled.loss(9)).backward()
     scaler.step(scaled.optimizer)  # without unscale_
     scaler.update()
     assert same(plain.weights(), scaled.weights())
 
     before = scaled.weights()
     scaled.optimizer.zero_grad()
-    backward(scaler.scale(scaled.loss(5) * torch.inf))
+    scaler.scale(scaled.loss(5) * torch.inf).backward()
     scaler.step(scaled.optimizer)
     scaler.update()
     assert same(scaled.weights(), before)
@@ -611,7 +615,7 @@ def test_a_removed_wrapper_stays_removed_in_copies(how: str) -> None:
 def test_gradient_is_written_in_place() -> None:
     """Pitfall A17, through closures too."""
     s = Setup(SGD, lr=0.1)
-    backward(s.loss(0))
+    s.loss(0).backward()
     g = s.fc.weight.grad
     assert g is not None
     pointer, before = g.data_ptr(), g.clone()
@@ -636,7 +640,7 @@ def test_training_with_the_projection_keeps_rows_closer_to_their_means(radial: R
         optimizer = spalign.SpAProj(SGD(fc.parameters(), lr=0.5), fc, tracker, gamma=gamma, radial=radial)
         for _ in range(30):
             optimizer.zero_grad()
-            backward(nn.functional.cross_entropy(fc(x), y))
+            nn.functional.cross_entropy(fc(x), y).backward()
             optimizer.step()
         cosines.append(spalign.functional.alignment(fc.weight, tracker.mean, tracker.seen).mean().item())
     assert cosines[1] > cosines[0]

@@ -1,6 +1,8 @@
 """What must hold for every input: equivariance, splits, norms, homogeneity (hypothesis draws the inputs)."""
 
+import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from spalign import functional as F
 
 seeds = st.integers(0, 2**31 - 1)
 # Everything is float64 and compared to float64: some tens of roundings of 1e-16 on values of size <= 100.
-CLOSE = {"rtol": 1e-9, "atol": 1e-11}
+CLOSE: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-11}
 
 
 @st.composite
@@ -30,7 +32,8 @@ def problems(draw: st.DrawFn, least_seen: int = 2) -> Problem:
 def loss_and_grads(w: Tensor, mean: Tensor, seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     w, mean = w.clone().requires_grad_(), mean.clone().requires_grad_()
     loss = F.alignment_loss(w, mean, seen)
-    return (loss.detach(), *torch.autograd.grad(loss, (w, mean)))
+    by_w, by_mean = torch.autograd.grad(loss, (w, mean))
+    return loss.detach(), by_w, by_mean
 
 
 def rotate_rows(p: Problem, alpha: float = 0.3, threshold: float = 1.0) -> Tensor:
@@ -133,14 +136,13 @@ def test_cumulative_mean_does_not_depend_on_the_split(seed: int, n: int, cuts: l
     targets = torch.softmax(2 * h @ torch.ones(3, 4, dtype=torch.float64).tril(), 1) if soft else y
     edges = sorted({0, n, *(min(c, n) for c in cuts)})
     tracker = spalign.ClassMeanTracker(4, 3, momentum=None).double()
-    for a, b in zip(edges[:-1], edges[1:], strict=True):
+    for a, b in itertools.pairwise(edges):
         tracker.update(h[a:b], targets[a:b])
     sums, weights = reference.class_statistics(to_numpy(h), targets.numpy(), 4)
     seen = weights > 0
     np.testing.assert_allclose(to_numpy(tracker.weight), weights, rtol=1e-12)
     np.testing.assert_allclose(to_numpy(tracker.mean)[seen], (sums[seen].T / weights[seen]).T, rtol=1e-9, atol=1e-11)
     assert not tracker.mean[~tracker.seen].any()
-    assert tracker.num_seen == seen.sum()
 
 
 @given(seeds, st.floats(0.01, 1.0), st.integers(1, 8))

@@ -2,21 +2,22 @@
 
 import copy
 import pickle
+from typing import Any
 
 import numpy as np
 import pytest
 import reference
 import torch
-from problems import FIXED, HEADS, backward, make_batch, make_problem, same_state, simplex_etf, state_of, to_numpy
+from problems import FIXED, HEADS, make_batch, make_problem, same_state, simplex_etf, state_of, to_numpy
 from torch import Tensor, nn
 
 import spalign
 from spalign.reg import Align
 
 C, D = 5, 6
-TIGHT = {"rtol": 1e-9, "atol": 1e-11}
+TIGHT: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-11}
 # float32 maths on O(1) values; weight norm and the centre add a few roundings.
-SINGLE = {"rtol": 2e-5, "atol": 2e-6}
+SINGLE: dict[str, Any] = {"rtol": 2e-5, "atol": 2e-6}
 every_head = pytest.mark.parametrize("kind", HEADS)
 
 
@@ -32,8 +33,7 @@ def expected(
         mean, weight = reference.update_class_means(mean, weight, to_numpy(h), y.numpy(), momentum)
     nw, seen = to_numpy(w), weight > 0
     by_mean = reference.alignment_loss_grad_mean(nw, mean, seen)
-    y = batches[-1][1].numpy()
-    by_h = np.stack([rates[c] * by_mean[c] for c in y])
+    by_h = np.stack([rates[c] * by_mean[c] for c in batches[-1][1].numpy()])
     return reference.alignment_loss(nw, mean, seen), reference.alignment_loss_grad_weight(nw, mean, seen), by_h
 
 
@@ -97,7 +97,7 @@ def test_fixed_classifiers_receive_nothing_and_features_everything(kind: str) ->
     spareg = spalign.SpARegLoss(classifier)
     data = batches(torch.float32)
     h, y = data[0][0].requires_grad_(), data[0][1]
-    backward(spareg(h, y))
+    spareg(h, y).backward()
     assert h.grad is not None
     np.testing.assert_allclose(to_numpy(h.grad), expected(w, data[:1])[2], **SINGLE)
     rows = spalign.Classifier.of(classifier)._weight()
@@ -116,7 +116,7 @@ def test_etf_classifier_learns_features() -> None:
     for _ in range(60):
         optimizer.zero_grad()
         loss = spareg(encoder(x), y)
-        backward(loss)
+        loss.backward()
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
@@ -171,7 +171,7 @@ def test_two_losses_on_one_tracker_are_one_update_and_one_read() -> None:
     a, b = nn.Linear(D, C), nn.Linear(D, C)
     feeding, reading = spalign.SpARegLoss(a, tracker), spalign.SpARegLoss(b, tracker)
     h, y = make_batch(1, 12, C, D)
-    backward(feeding(h, y) + reading())
+    (feeding(h, y) + reading()).backward()
     assert tracker.weight.sum() == 12
     assert a.weight.grad is not None
     assert b.weight.grad is not None
@@ -265,7 +265,7 @@ def test_training_with_the_term_aligns_more_than_without() -> None:
         optimizer = torch.optim.SGD(fc.parameters(), lr=0.1, momentum=0.9)
         for _ in range(40):
             optimizer.zero_grad()
-            backward(nn.functional.cross_entropy(fc(x), y) + lam * spareg(x, y))
+            (nn.functional.cross_entropy(fc(x), y) + lam * spareg(x, y)).backward()
             optimizer.step()
         cosines.append(spalign.functional.alignment(fc.weight, tracker.mean, tracker.seen).mean().item())
     assert cosines[1] > cosines[0] + 0.01

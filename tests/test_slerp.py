@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import spalign
 
 C, D = 5, 6
 # float32: sines, a norm and, for weight norm, g / |v| on values of size up to 3.
-SINGLE = {"rtol": 5e-6, "atol": 2e-6}
+SINGLE: dict[str, Any] = {"rtol": 5e-6, "atol": 2e-6}
 every_head = pytest.mark.parametrize("kind", HEADS)
 
 
