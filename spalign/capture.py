@@ -80,7 +80,8 @@ class FeatureCapture:
             raise RuntimeError(
                 "no features were captured since the last read: run one forward pass in training mode with gradients "
                 "enabled first; if there was one, the model was compiled and called before this hook was attached "
-                "(attach before the first compiled call), or its classifier is called through another module"
+                "(attach before the first compiled call), its classifier runs inside checkpoint(use_reentrant=True), "
+                "whose first run has no gradients, or it is called through another module"
             )
         features = self._pending[0] if len(self._pending) == 1 else torch.cat(self._pending)
         self._pending.clear()

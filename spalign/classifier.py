@@ -4,7 +4,7 @@ C classes, D feature dimensions; ``w_CD`` is the weight as (C, D) whatever its o
 through its module at every use, because sharding, ``load_state_dict(assign=True)`` and parametrizations replace it.
 """
 
-from typing import NamedTuple, Protocol, TypeAlias, cast
+from typing import NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -115,14 +115,17 @@ class Classifier:
 
     def rows(self) -> Tensor:
         """Return the weight as (C, D), in its own dtype, inside the autograd graph; sharded weights are gathered."""
-        hook = self._weight_norm_hook()
-        # The attribute of old weight norm belongs to the graph of the last forward pass, which may be gone.
-        weight = self._weight() if hook is None else hook.compute_weight(self.module)
-        return self.as_rows(full_tensor(weight))
+        normed = self._weight_norm()
+        if normed is None:
+            return self.as_rows(full_tensor(self._weight()))
+        # Computed here: what the layer holds may belong to the graph of an earlier forward pass, or be sharded.
+        direction, magnitude, dim = normed
+        return self.as_rows(torch._weight_norm(full_tensor(direction), full_tensor(magnitude), dim))
 
     def as_rows(self, x: Tensor) -> Tensor:
         """View a tensor laid out as the weight as (C, D)."""
-        x = x[(slice(None), slice(None)) + (0,) * (x.ndim - 2)]
+        if x.ndim > 2:
+            x = x[(slice(None), slice(None)) + (0,) * (x.ndim - 2)]
         return x.t() if self.class_dim == 1 else x
 
     def as_stored(self, x_CD: Tensor) -> Tensor:
@@ -144,29 +147,23 @@ class Classifier:
         Raises:
             ValueError: the weight has a parametrization other than weight norm with one norm per class.
         """
-        hook = self._weight_norm_hook()
-        if hook is not None:
-            leaves = Leaves(getattr(self.module, hook.name + "_v"), getattr(self.module, hook.name + "_g"))
-            dim = hook.dim
-        elif self._parametrized():
-            found = self._parametrizations()
-            if len(found) != 1 or not isinstance(found[0], _WeightNorm):
-                names = ", ".join(type(p).__name__ for p in found)
+        normed = self._weight_norm()
+        if normed is None:
+            if self._parametrized():
+                names = ", ".join(type(p).__name__ for p in self._parametrizations())
                 raise ValueError(
                     f"the weight of {self} is parametrized by {names}, expected none or weight norm: its gradient does "
                     "not act on rows; use SpARegLoss, or spalign.functional.project_gradient where you hold a row "
                     "gradient"
                 )
-            leaves = Leaves(cast(Tensor, found.original1), cast(Tensor, found.original0))
-            dim = found[0].dim
-        else:
             return Leaves(self._weight(), None)
+        direction, magnitude, dim = normed
         if dim != self.class_dim:
             raise ValueError(
                 f"weight norm of {self} has dim={dim}, expected dim={self.class_dim}: one norm per class, so that rows "
                 "keep their direction when norms change"
             )
-        return leaves
+        return Leaves(direction, magnitude)
 
     @torch.no_grad()
     def write(self, new_CD: Tensor, changed_C: Tensor | None = None) -> None:
@@ -179,11 +176,9 @@ class Classifier:
             new_CD: (C, D), equal to :meth:`rows` where ``changed_C`` is False.
             changed_C: (C,) bool; every row if not given.
         """
-        if self._weight_norm_hook() is None and self._parametrized():
-            found = self._parametrizations()
-            if len(found) != 1 or not isinstance(found[0], _WeightNorm):
-                setattr(self.module, self.weight_name, self.as_stored(new_CD))
-                return
+        if self._weight_norm() is None and self._parametrized():
+            setattr(self.module, self.weight_name, self.as_stored(new_CD))
+            return
         leaves = self.leaves()
         direction, magnitude = leaves
         stored = self.as_stored(new_CD)
@@ -195,9 +190,9 @@ class Classifier:
             magnitude.copy_(shard_like(torch.where(changed, norm * sign, full_tensor(magnitude)), magnitude))
             stored = torch.where(changed, stored * scale, old)
         direction.copy_(shard_like(stored, direction))
-        hook = self._weight_norm_hook()
-        if hook is not None:
-            setattr(self.module, self.weight_name, hook.compute_weight(self.module))
+        if magnitude is not None and not self._parametrized():
+            # Old weight norm keeps the product as an attribute, and recomputes it at the next forward pass only.
+            setattr(self.module, self.weight_name, torch._weight_norm(direction, magnitude, self.class_dim))
 
     def _weight(self) -> Tensor:
         weight = self.module if isinstance(self.module, Tensor) else getattr(self.module, self.weight_name)
@@ -205,14 +200,8 @@ class Classifier:
 
     def _stored(self) -> Tensor:
         """The weight or, for weight norm, its direction leaf: same layout, no computation."""
-        hook = self._weight_norm_hook()
-        if hook is not None:
-            return cast(Tensor, getattr(self.module, hook.name + "_v"))
-        if self._parametrized():
-            found = self._parametrizations()
-            if len(found) == 1 and isinstance(found[0], _WeightNorm):
-                return cast(Tensor, found.original1)
-        return self._weight()
+        normed = self._weight_norm()
+        return self._weight() if normed is None else normed[0]
 
     def _parametrized(self) -> bool:
         return isinstance(self.module, nn.Module) and parametrize.is_parametrized(self.module, self.weight_name)
@@ -221,13 +210,20 @@ class Classifier:
         lists = cast(nn.ModuleDict, cast(nn.Module, self.module).parametrizations)
         return cast(parametrize.ParametrizationList, lists[self.weight_name])
 
-    def _weight_norm_hook(self) -> "_OldWeightNorm | None":
-        """The forward pre-hook of the deprecated ``torch.nn.utils.weight_norm``, which recomputes the attribute."""
-        if isinstance(self.module, Tensor) or not self.module._forward_pre_hooks:
+    def _weight_norm(self) -> tuple[Tensor, Tensor, int] | None:
+        """Return direction v, magnitude g and dim of a weight-normed weight ``g v / |v|``, of either kind."""
+        if isinstance(self.module, Tensor):
+            return None
+        if self._parametrized():
+            found = self._parametrizations()
+            if len(found) == 1 and isinstance(found[0], _WeightNorm):
+                return cast(Tensor, found.original1), cast(Tensor, found.original0), found[0].dim
             return None
         for hook in self.module._forward_pre_hooks.values():
+            # The deprecated torch.nn.utils.weight_norm; its module is shadowed by the function of the same name.
             if type(hook).__name__ == "WeightNorm" and getattr(hook, "name", None) == self.weight_name:
-                return cast(_OldWeightNorm, hook)
+                v, g = (cast(Tensor, getattr(self.module, f"{self.weight_name}_{leaf}")) for leaf in "vg")
+                return v, g, cast(int, getattr(hook, "dim"))  # noqa: B009
         return None
 
     def _check(self) -> None:
@@ -261,16 +257,6 @@ class Classifier:
         name = "" if isinstance(self.module, Tensor) else f".{self.weight_name}"
         c, d = self.shape
         return f"Classifier({type(self.module).__name__}{name}, {c} classes x {d} features)"
-
-
-class _OldWeightNorm(Protocol):
-    """The part of ``torch.nn.utils.weight_norm.WeightNorm`` in use here (its module is shadowed by the function)."""
-
-    name: str
-    dim: int
-
-    def compute_weight(self, module: object) -> Tensor:
-        """Return g v / |v|."""
 
 
 ClassifierLike: TypeAlias = nn.Module | Tensor | Classifier

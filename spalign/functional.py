@@ -43,7 +43,6 @@ _ANTIPODAL_MARGIN = 1e-3
 # Below this angle sin(a t) / sin(t) is replaced by its limit a; the relative error is t^2 / 6 < 2e-9 (radians).
 _LERP_ANGLE = 1e-4
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Class means
 # ----------------------------------------------------------------------------------------------------------------------
@@ -87,9 +86,13 @@ def _math_dtype(*tensors: Tensor) -> torch.dtype:
 def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """Disable autocast for the device of ``x``; free where it is off already."""
     # Asked of the meta device, is_autocast_enabled raises.
-    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         return torch.autocast(x.device.type, enabled=False)
     return contextlib.nullcontext()
+
+
+def _is_finite(x: Tensor) -> Tensor:
+    return x - x == 0  # half the operations of torch.isfinite
 
 
 def _zero_non_finite_(x: Tensor) -> Tensor:
@@ -399,38 +402,66 @@ class _Rows(NamedTuple):
     d: Tensor
     inv_w: Tensor
     inv_d: Tensor
+    wd: Tensor
     cos: Tensor
     valid: Tensor
 
 
-def _inverse_norms(x_CD: Tensor, usable_C: Tensor, floor: float | Tensor = 0.0) -> Tensor:
-    """Return 1 / |x_c|, and 0 for rows that are unusable, not longer than sqrt(floor), or not finite."""
-    xx_C = (x_CD * x_CD).sum(1)
-    defined_C = usable_C & (xx_C > floor) & torch.isfinite(xx_C)
-    return torch.where(defined_C, torch.where(defined_C, xx_C, 1.0).rsqrt(), 0.0)
+def _column(x_C: Tensor) -> Tensor:
+    """View (C,) as (C, 1).
+
+    Written so because inductor stores the values of as_strided; those of unsqueeze it may compute again per element.
+    """
+    return x_C.as_strided((x_C.shape[0], 1), (1, 1))
 
 
-def _centered(mean_CD: Tensor, seen_C: Tensor, center_D: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return d_CD = mu - mu_G and 1 / |d_c|, 0 where the class has no direction."""
+def _row_mask(mask_C: Tensor) -> Tensor:
+    """Return the mask; when compiled, by way of 16 bits.
+
+    Inductor does not vectorize 16-bit maths over rows, and so keeps a row's sums, its coefficients and its update in one
+    loop over rows: on the CPU that reads memory once instead of thrice.
+    """
+    return mask_C.to(torch.int16) > 0 if torch.compiler.is_compiling() else mask_C
+
+
+def _dots(x_CD: Tensor, y_CD: Tensor) -> Tensor:
+    return (x_CD * y_CD).sum(1)
+
+
+def _centered(
+    mean_CD: Tensor, seen_C: Tensor, center_D: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return d_CD = mu - mu_G, |d_c|^2, and whether the class has a direction (if its row is finite)."""
     floor = 16 * torch.finfo(_math_dtype(mean_CD)).eps
     mean_CD = mean_CD.to(dtype)
     if center_D is None:
         center_D = global_mean(mean_CD, seen_C)
         seen_C = seen_C & (seen_C.sum() > 1)  # a single class lies on the global mean
     d_CD = mean_CD - center_D.to(dtype)
+    dd_C = _dots(d_CD, d_CD)
     # A difference of this size is the rounding of its terms: it points nowhere.
-    return d_CD, _inverse_norms(d_CD, seen_C, floor**2 * (center_D * center_D).sum())
+    return d_CD, dd_C, _row_mask(seen_C) & (dd_C > floor**2 * (center_D * center_D).sum())
 
 
 def _rows(weight_CD: Tensor, mean_CD: Tensor, seen_C: Tensor, center_D: Tensor | None) -> _Rows:
     dtype = _math_dtype(weight_CD, mean_CD)
     w_CD = weight_CD.to(dtype)
-    d_CD, inv_d_C = _centered(mean_CD, seen_C, center_D, dtype)
-    inv_w_C = _inverse_norms(w_CD, inv_d_C > 0)
-    valid_C = inv_w_C > 0
-    inv_d_C = torch.where(valid_C, inv_d_C, 0.0)
-    cos_C = ((w_CD * d_CD).sum(1) * inv_w_C * inv_d_C).clamp(-1.0, 1.0)
-    return _Rows(w_CD, d_CD, inv_w_C, inv_d_C, torch.where(valid_C, cos_C, 0.0), valid_C)
+    d_CD, dd_C, valid_C = _centered(mean_CD, seen_C, center_D, dtype)
+    ww_C = _dots(w_CD, w_CD)
+    inv_w_C, inv_d_C = ww_C.rsqrt(), dd_C.rsqrt()
+    # The inverse of a norm is not positive where the row is not finite, and infinite where it is zero.
+    valid_C = valid_C & (ww_C > 0) & (torch.minimum(inv_w_C, inv_d_C) > 0)
+    invalid_C = ~valid_C
+    inv_w_C, inv_d_C = inv_w_C.masked_fill_(invalid_C, 0.0), inv_d_C.masked_fill_(invalid_C, 0.0)
+    wd_C = _dots(w_CD, d_CD).masked_fill_(invalid_C, 0.0)
+    cos_C = (wd_C * inv_w_C * inv_d_C).clamp_(-1.0, 1.0)
+    return _Rows(w_CD, d_CD, inv_w_C, inv_d_C, wd_C, cos_C, valid_C)
+
+
+def _across(rows: _Rows) -> tuple[Tensor, Tensor]:
+    """Return the part of d across w, (C, D), and its squared norms, as they are: 1 - cos^2 cancels at small angles."""
+    across_CD = rows.d - rows.w * _column(rows.wd * rows.inv_w * rows.inv_w)
+    return across_CD, _dots(across_CD, across_CD)
 
 
 def directions(mean_CD: Tensor, seen_C: Tensor, *, center_D: Tensor | None = None) -> Tensor:
@@ -449,8 +480,10 @@ def directions(mean_CD: Tensor, seen_C: Tensor, *, center_D: Tensor | None = Non
         >>> directions(torch.tensor([[3., 0.], [1., 0.], [9., 9.]]), torch.tensor([True, True, False])).tolist()
         [[1.0, 0.0], [-1.0, 0.0], [0.0, 0.0]]
     """
-    d_CD, inv_d_C = _centered(mean_CD, seen_C, center_D, _math_dtype(mean_CD))
-    return (d_CD * inv_d_C.unsqueeze(1)).to(mean_CD.dtype)
+    d_CD, dd_C, valid_C = _centered(mean_CD, seen_C, center_D, _math_dtype(mean_CD))
+    valid_C = valid_C & _is_finite(dd_C)
+    inv_d_C = torch.where(valid_C, torch.where(valid_C, dd_C, 1.0).rsqrt(), 0.0)
+    return (d_CD * _column(inv_d_C)).to(mean_CD.dtype)
 
 
 def alignment(weight_CD: Tensor, mean_CD: Tensor, seen_C: Tensor, *, center_D: Tensor | None = None) -> Tensor:
@@ -496,14 +529,14 @@ class _KnownGradient(torch.autograd.Function):
 def _loss_coefficients(rows: _Rows, seen_C: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return loss, and per row (a, b, p, q): dL/dw = a w + b d, dL/dd = b w + p d, q = share of each mean in mu_G."""
     share_C = seen_C.to(rows.cos.dtype) / seen_C.sum().clamp(min=1)
-    loss = torch.where(rows.valid, (1.0 - rows.cos) * share_C, 0.0).sum()
-    scaled_cos_C = rows.cos * share_C
-    b_C = -share_C * rows.inv_w * rows.inv_d
-    return loss, scaled_cos_C * rows.inv_w**2, b_C, scaled_cos_C * rows.inv_d**2, share_C
+    loss = ((1.0 - rows.cos) * share_C * rows.valid).sum()
+    scaled_w_C, scaled_d_C = rows.inv_w * share_C, rows.inv_d * share_C
+    a_C, b_C, p_C = rows.cos * rows.inv_w * scaled_w_C, -rows.inv_d * scaled_w_C, rows.cos * rows.inv_d * scaled_d_C
+    return loss, a_C, b_C, p_C, share_C
 
 
 def _combine(x_CD: Tensor, a_C: Tensor, y_CD: Tensor, b_C: Tensor) -> Tensor:
-    return x_CD * a_C.unsqueeze(1) + y_CD * b_C.unsqueeze(1)
+    return x_CD * _column(a_C) + y_CD * _column(b_C)
 
 
 def alignment_loss(
@@ -561,10 +594,9 @@ def _feature_gradient(rows: _Rows, b_C: Tensor, p_C: Tensor, q_C: Tensor, share:
     sum_D = torch.mv(rows.w.t(), b_C) + torch.mv(rows.d.t(), p_C)
     if share.labels is None:
         return share.pull_back(_combine(rows.w, b_C, rows.d, p_C) - q_C.unsqueeze(1) * sum_D)
-    e_ND = _combine(
-        rows.w.index_select(0, share.labels), b_C[share.labels], rows.d.index_select(0, share.labels), p_C[share.labels]
-    )
-    return (e_ND - q_C[share.labels].unsqueeze(1) * sum_D) * share.rate.unsqueeze(1)
+    w_ND, d_ND = rows.w.index_select(0, share.labels), rows.d.index_select(0, share.labels)
+    b_N, p_N, q_N = (x_C.index_select(0, share.labels).mul_(share.rate) for x_C in (b_C, p_C, q_C))
+    return _combine(w_ND, b_N, d_ND, p_N).addr_(q_N, sum_D, alpha=-1)
 
 
 def alignment_loss_and_grad(
@@ -626,9 +658,9 @@ def slerp(
     """Rotate classifier rows towards their centred class means along the sphere (the unnumbered SLERP equation).
 
     ``w_c <- |w_c| (sin((1 - alpha) t) / sin t w_hat_c + sin(alpha t) / sin t mu_hat_c)`` for rows with
-    ``cos t = <w_hat_c, mu_hat_c> < threshold``. Departures from print: the angle t is ``2 atan2(|a - b|, |a + b|)``
-    (the arc cosine is 0 for angles under 3e-4 in float32), the weights are linear under 1e-4 rad (as printed NaN at 0),
-    and rows within 1e-3 rad of pi are left alone (no unique path).
+    ``cos t = <w_hat_c, mu_hat_c> < threshold``. Departures from print: the angle t is an arc tangent whose sine is
+    measured on the vectors (the arc cosine is 0 for angles under 3e-4 in float32), the weights are linear under 1e-4
+    rad (as printed NaN at 0), and rows within 1e-3 rad of pi are left alone (no unique path).
 
     Args:
         weight_CD: (C, D) classifier rows, any float dtype. Their norms are kept.
@@ -651,24 +683,23 @@ def slerp(
     """
     with torch.no_grad():
         rows = _rows(weight_CD, mean_CD, seen_C, center_D)
-        u_CD, v_CD = rows.w * rows.inv_w.unsqueeze(1), rows.d * rows.inv_d.unsqueeze(1)
-        chord_C = ((u_CD - v_CD) ** 2).sum(1).sqrt()
-        angle_C = 2.0 * torch.atan2(chord_C, ((u_CD + v_CD) ** 2).sum(1).sqrt())
+        across_CD, aa_C = _across(rows)
+        sin_C = aa_C.sqrt() * rows.inv_d
+        angle_C = torch.atan2(sin_C, rows.cos)
         below_C = rows.valid & (rows.cos < threshold)
         antipodal_C = below_C & (angle_C > math.pi - _ANTIPODAL_MARGIN)
         alpha_C = torch.zeros_like(angle_C) + alpha
-        rotate_C = below_C & ~antipodal_C & (alpha_C != 0)
+        rotate_C = _row_mask(below_C & ~antipodal_C & (alpha_C != 0))
 
+        # sin(alpha t) / sin t, of the paper's formula with mu_hat = cos t w_hat + (the part across) / |d|.
         small_C = angle_C < _LERP_ANGLE
-        safe_C = torch.where(rotate_C & ~small_C, angle_C, 1.0)
-        sin_C = torch.sin(safe_C)
-        from_C = torch.where(small_C, 1.0 - alpha_C, torch.sin((1.0 - alpha_C) * safe_C) / sin_C)
-        to_C = torch.where(small_C, alpha_C, torch.sin(alpha_C * safe_C) / sin_C)
-        new_CD = _combine(u_CD, from_C, v_CD, to_C)
-        # Near pi the two terms nearly cancel, and rounding would show in the norm.
-        norm_C = _inverse_norms(new_CD, rotate_C) / torch.where(rotate_C, rows.inv_w, 1.0)
-        new_CD = (new_CD * norm_C.unsqueeze(1)).to(weight_CD.dtype)
-        return RotatedRows(torch.where(rotate_C.unsqueeze(1), new_CD, weight_CD), rotate_C, antipodal_C)
+        to_C = torch.where(small_C, alpha_C, torch.sin(alpha_C * angle_C) / torch.where(small_C, 1.0, sin_C))
+        to_C, from_C = to_C * rows.inv_d / torch.where(rotate_C, rows.inv_w, 1.0), torch.cos(alpha_C * angle_C)
+        # Near 0 and pi, rounding leaves the part across not quite across, which would show in the norm.
+        cross_C = to_C * (to_C * aa_C + 2.0 * from_C * _dots(rows.w, across_CD)) * rows.inv_w * rows.inv_w
+        scale_C = (from_C * from_C + cross_C).rsqrt()
+        new_CD = _combine(rows.w, from_C * scale_C, across_CD, to_C * scale_C).to(weight_CD.dtype)
+        return RotatedRows(torch.where(_column(rotate_C), new_CD, weight_CD), rotate_C, antipodal_C)
 
 
 def project_gradient(
@@ -714,19 +745,11 @@ def project_gradient(
     with torch.no_grad():
         rows = _rows(weight_CD, mean_CD, seen_C, center_D)
         g_CD = grad_CD.to(rows.w.dtype)
-        along_C = (g_CD * rows.w).sum(1) * rows.inv_w  # <g, w_hat>
-        towards_C = (g_CD * rows.d).sum(1) * rows.inv_d  # <g, mu_hat>
-        # |mu_hat - cos w_hat| = sin of the angle, from the vectors: 1 - cos^2 would cancel at small angles.
-        tangent_CD = _combine(rows.d, rows.inv_d, rows.w, -rows.cos * rows.inv_w)
-        sin2_C = (tangent_CD * tangent_CD).sum(1)
-        defined_C = sin2_C > (16 * torch.finfo(sin2_C.dtype).eps) ** 2
-        # p / |d| = <g, d> / |d|^2, so p d_hat = (p / |d|) d with d = mu_hat - cos w_hat.
-        p_C = torch.where(defined_C, (towards_C - rows.cos * along_C).clamp(min=0.0), 0.0)
-        p_C = (1.0 - gamma) * p_C / torch.where(defined_C, sin2_C, 1.0)
-        w_C = p_C * rows.cos * rows.inv_w
+        across_CD, aa_C = _across(rows)
+        defined_C = _row_mask(aa_C * rows.inv_d * rows.inv_d > (16 * torch.finfo(aa_C.dtype).eps) ** 2)
+        p_C = (_dots(g_CD, across_CD) / aa_C).clamp_(min=0.0).masked_fill_(~defined_C, 0.0)
+        projected_CD = g_CD - across_CD * _column((1.0 - gamma) * p_C)
         if radial == "paper":
-            w_C = w_C - (1.0 - gamma) * along_C * rows.inv_w
-        # Where nothing is removed the coefficients are exactly 0; a non-finite row of an unseen class is not touched.
-        w_C = torch.where(rows.valid, w_C, 0.0)
-        d_C = torch.where(rows.valid, -p_C * rows.inv_d, 0.0)
-        return (g_CD + _combine(rows.w, w_C, rows.d, d_C)).to(grad_CD.dtype)
+            along_C = (_dots(g_CD, rows.w) * rows.inv_w * rows.inv_w).masked_fill_(~_row_mask(rows.valid), 0.0)
+            projected_CD = projected_CD - rows.w * _column((1.0 - gamma) * along_C)
+        return projected_CD.to(grad_CD.dtype)

@@ -83,11 +83,15 @@ def means(rank: int, world: int) -> Results:
 
 
 def local_means(rank: int, world: int) -> Results:
-    """Return what a tracker that shares with nobody holds: this rank's part alone."""
-    tracker = spalign.ClassMeanTracker(C, D, process_group=None)
-    h, y = batch(0, D)
-    tracker.update(part(h.float(), rank, world), part(y, rank, world))
-    return {f"local {rank} of {world}": tracker.mean.clone()}
+    """Return what trackers hold that share with nobody or with a group of one: this rank's part alone."""
+    groups = [None, dist.new_subgroups(1)[0]] if world > 1 else [None]
+    out: Results = {}
+    for group in groups:
+        tracker = spalign.ClassMeanTracker(C, D, process_group=group)
+        h, y = batch(0, D)
+        tracker.update(part(h.float(), rank, world), part(y, rank, world))
+        out[f"local {'none' if group is None else 'own'}"] = tracker.mean.clone()
+    return out
 
 
 def averaged_gradients(rank: int, world: int) -> Results:

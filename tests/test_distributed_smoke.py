@@ -14,6 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
+import spalign
+
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
 
 WORLD = 2
@@ -109,5 +111,10 @@ def test_the_comparison_is_of_something(alone: dict[str, Tensor]) -> None:
 
 
 def test_a_tracker_without_a_group_keeps_to_its_rank(ranks: list[dict[str, Any]]) -> None:
-    a, b = ranks[0]["local 0 of 2"], ranks[1]["local 1 of 2"]
-    assert not torch.equal(a, b)
+    for rank, found in enumerate(ranks):
+        h, y = (distributed_worker.part(t, rank, WORLD) for t in distributed_worker.batch(0, distributed_worker.D))
+        tracker = spalign.ClassMeanTracker(distributed_worker.C, distributed_worker.D)
+        tracker.update(h.float(), y)
+        assert torch.equal(found["local none"], tracker.mean)
+        assert torch.equal(found["local own"], tracker.mean)
+    assert not torch.equal(ranks[0]["local none"], ranks[1]["local none"])

@@ -135,12 +135,16 @@ def swap(fc: nn.Linear) -> None:
 
 @pytest.mark.parametrize("change", [assign, refill, replace, widen, swap])
 def test_b1_the_weight_is_looked_up_at_every_use(change: Callable[[nn.Linear], None]) -> None:
-    """B1: attach, replace the parameter, and loss, rotation and projection act on the new one."""
+    """B1: attach, use, replace the parameter, and loss, rotation and projection act on the new one."""
     fc = nn.Linear(D, C)
     tracker = fed()
     spareg = spalign.SpARegLoss(fc, tracker)
     slerp = spalign.SpASlerp(fc, tracker, total_steps=1, alpha_max=0.5, threshold=1.0)
     optimizer = spalign.SpAProj(torch.optim.SGD(fc.parameters(), lr=0.0), fc, tracker, gamma=0.0)
+    spareg().backward()
+    slerp.step()
+    optimizer.step()
+    optimizer.zero_grad()
     old = fc.weight.detach().clone()
     change(fc)
 

@@ -528,6 +528,34 @@ def test_grad_scaler_equals_the_unscaled_run_and_skips_inf(make: Callable[..., O
     assert scaler.get_scale() == 32768.0
 
 
+def test_a_scaler_that_steps_the_wrapped_fused_optimizer_equals_the_unscaled_run() -> None:
+    """Pitfall A5: the hook of a fused optimizer sees scaled gradients, which the projection does not mind."""
+    plain, scaled = Setup(SGD, lr=0.01, fused=True), Setup(SGD, lr=0.01, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=65536.0)
+    seen: list[float] = []
+    scaled.inner.register_step_pre_hook(lambda *_: seen.append(grad_norm(scaled)))
+    for seed in range(3):
+        plain.train(1, start=seed)
+        scaled.optimizer.zero_grad()
+        scaler.scale(scaled.loss(seed)).backward()
+        scaler.step(scaled.inner)
+        scaler.update()
+    assert min(seen) > 1000 * grad_norm(plain), "the gradients were scaled where the hook met them"
+    # Scaling by a power of two is exact; the fused kernel may unscale within a multiply-add.
+    for a, b in zip(plain.weights(), scaled.weights(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+    before = scaled.weights()
+    scaled.optimizer.zero_grad()
+    scaler.scale(scaled.loss(5) * torch.inf).backward()
+    scaler.step(scaled.inner)
+    assert same(scaled.weights(), before)
+
+
+def grad_norm(s: Setup) -> float:
+    assert s.fc.weight.grad is not None
+    return float(s.fc.weight.grad.norm())
+
+
 def test_fused_optimizer_without_scaler() -> None:
     a, b = Setup(SGD, lr=0.1, fused=False), Setup(SGD, lr=0.1, fused=True)
     a.train(3)

@@ -104,6 +104,19 @@ def test_every_dtype_of_weight(dtype: torch.dtype) -> None:
     np.testing.assert_allclose(to_numpy(fc.weight), want, rtol=eps + 5e-6, atol=2e-6 + eps * 1e-2)
 
 
+def test_norms_of_a_half_precision_head_over_many_steps() -> None:
+    """Pitfall B7: a hundred steps in bfloat16, whose own rounding is 4e-3."""
+    fc = nn.Linear(64, 10).bfloat16()
+    before = fc.weight.float().norm(dim=1)
+    tracker = spalign.ClassMeanTracker.for_classifier(fc)
+    slerp = spalign.SpASlerp(fc, tracker, total_steps=100, alpha_max=0.3, threshold=1.0)
+    for step in range(100):
+        tracker.update(*make_batch(step, 40, 10, 64))
+        slerp.step()
+    after = fc.weight.float().norm(dim=1)
+    assert ((after - before).abs() / before).max() < 1e-2
+
+
 @pytest.mark.parametrize("kind", ["weight_norm", "old_weight_norm"])
 def test_negative_norms_of_weight_norm(kind: str) -> None:
     """A row with g < 0 points against v; it is the row that must turn towards the mean."""

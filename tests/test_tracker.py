@@ -423,6 +423,14 @@ def test_a_single_class_never_gets_a_direction(momentum: float | None) -> None:
     assert loss() == 0
 
 
+def test_a_single_class_gets_no_direction_from_what_a_large_batch_left_behind() -> None:
+    """Roundings of features of 1e6 are large beside later means of 1e-3."""
+    tracker = spalign.ClassMeanTracker(4, 8, momentum=1.0)
+    for scale in (1e6, 1e6, 1e-3):
+        tracker.update(torch.randn(7, 8) * scale, torch.full((7,), 2))
+    assert not tracker.directions().any()
+
+
 def test_weight_keeps_counting_beyond_the_integers_of_float32() -> None:
     tracker = spalign.ClassMeanTracker(2, 1, momentum=None)
     tracker.weight[0] = 2.0**24
