@@ -418,8 +418,8 @@ def _column(x_C: Tensor) -> Tensor:
 def _row_mask(mask_C: Tensor) -> Tensor:
     """Return the mask; when compiled, by way of 16 bits.
 
-    Inductor does not vectorize 16-bit maths over rows, and so keeps a row's sums, its coefficients and its update in one
-    loop over rows: on the CPU that reads memory once instead of thrice.
+    Inductor does not vectorize 16-bit maths over rows, and so keeps a row's sums, its coefficients and its update in
+    one loop over rows: on the CPU that reads memory once instead of thrice.
     """
     return mask_C.to(torch.int16) > 0 if torch.compiler.is_compiling() else mask_C
 
