@@ -372,29 +372,39 @@ def measure_step(clock: Clock) -> list[Row]:
         leaf.grad = torch.randn_like(leaf) * 1e-3  # cross-entropy's, which the regulariser's is added to
     tracker = warm_tracker(c, fc.in_features, 0.1, clock.device)
     spareg = spalign.SpARegLoss(fc, tracker)
+    compiled = torch.compile(spareg, fullgraph=True, dynamic=False)
     projected = spalign.SpAProj(NoOptimizer(fc.parameters(), {}), fc, tracker, gamma=0.5)
     slerp = spalign.SpASlerp(fc, tracker, total_steps=10**6, alpha_max=0.01)
 
-    def regularize(y_N: Tensor) -> None:
-        (0.1 * spareg(h_ND, y_N)).backward()
+    def regularise(term: Callable[[Tensor, Tensor], Tensor], y_N: Tensor) -> None:
+        (0.1 * term(h_ND, y_N)).backward()
 
+    tqdm.write("compiling: SpARegLoss", file=sys.stderr)
+    alone, eager, fused = "tracker alone", "tracker and regulariser with its backward", "the same, SpARegLoss compiled"
+    projection, rotation = "projection", "SLERP, once per epoch"
     parts: dict[str, Call] = {
-        "tracker alone": Cycle(partial(tracker.update, h_ND), batches),
-        "tracker and regulariser with its backward": Cycle(regularize, batches),
-        "projection": projected.step,
-        "SLERP, once per epoch": slerp.step,
+        alone: Cycle(partial(tracker.update, h_ND), batches),
+        eager: Cycle(partial(regularise, spareg), batches),
+        fused: Cycle(partial(regularise, compiled), batches),
+        projection: projected.step,
+        rotation: slerp.step,
     }
     seconds = clock.medians({"step": Cycle(step, batches), **parts}, "ResNet-32")
-    seconds["SLERP, once per epoch"] /= STEPS_PER_EPOCH
-    total = sum(seconds[name] for name in parts if name != "tracker alone")
-    measure = f"share of a ResNet-32 training step ({n} x 32 x 32, C = {c}, eager)"
-    rows = [
-        Row(measure, name, 100 * seconds[name] / seconds["step"], "%", details=milliseconds(seconds, name, "step"))
-        for name in parts
+    seconds[rotation] /= STEPS_PER_EPOCH
+    totals = {"everything together": eager, "everything together, SpARegLoss compiled": fused}
+    for total, regulariser in totals.items():
+        seconds[total] = seconds[regulariser] + seconds[projection] + seconds[rotation]
+    return [
+        Row(
+            f"share of a ResNet-32 training step (eager, {n} x 32 x 32, C = {c})",
+            name,
+            100 * seconds[name] / seconds["step"],
+            "%",
+            0.1 if name in totals and clock.device.type == "cpu" else None,
+            details=milliseconds(seconds, name, "step"),
+        )
+        for name in (*parts, *totals)
     ]
-    goal = 0.1 if clock.device.type == "cpu" else None
-    times = {"everything together": 1e3 * total, "step": 1e3 * seconds["step"]}
-    return [*rows, Row(measure, "everything together", 100 * total / seconds["step"], "%", goal, details=times)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

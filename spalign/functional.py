@@ -529,7 +529,7 @@ class _KnownGradient(torch.autograd.Function):
 def _loss_coefficients(rows: _Rows, seen_C: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return loss, and per row (a, b, p, q): dL/dw = a w + b d, dL/dd = b w + p d, q = share of each mean in mu_G."""
     share_C = seen_C.to(rows.cos.dtype) / seen_C.sum().clamp(min=1)
-    loss = ((1.0 - rows.cos) * share_C * rows.valid).sum()
+    loss = torch.dot((1.0 - rows.cos).mul_(rows.valid), share_C)
     scaled_w_C, scaled_d_C = rows.inv_w * share_C, rows.inv_d * share_C
     a_C, b_C, p_C = rows.cos * rows.inv_w * scaled_w_C, -rows.inv_d * scaled_w_C, rows.cos * rows.inv_d * scaled_d_C
     return loss, a_C, b_C, p_C, share_C
@@ -590,10 +590,11 @@ def alignment_loss(
 
 
 def _feature_gradient(rows: _Rows, b_C: Tensor, p_C: Tensor, q_C: Tensor, share: BatchShare) -> Tensor:
-    """Pull dL/dmu_c = e_c - q_c sum_k e_k, e = b w + p d, back to the features without forming e for every class."""
+    """Pull dL/dmu_c = e_c - q_c sum_k e_k, e = b w + p d, back to the features; formed for the fewer of N and C."""
+    if share.labels is None or len(share.labels) >= len(rows.w):
+        e_CD = _combine(rows.w, b_C, rows.d, p_C)
+        return share.pull_back(e_CD.addr_(q_C, e_CD.sum(0), alpha=-1))
     sum_D = torch.mv(rows.w.t(), b_C) + torch.mv(rows.d.t(), p_C)
-    if share.labels is None:
-        return share.pull_back(_combine(rows.w, b_C, rows.d, p_C) - q_C.unsqueeze(1) * sum_D)
     w_ND, d_ND = rows.w.index_select(0, share.labels), rows.d.index_select(0, share.labels)
     b_N, p_N, q_N = (x_C.index_select(0, share.labels).mul_(share.rate) for x_C in (b_C, p_C, q_C))
     return _combine(w_ND, b_N, d_ND, p_N).addr_(q_N, sum_D, alpha=-1)
