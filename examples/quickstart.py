@@ -29,6 +29,7 @@ COLORS = {"plain": "black", "+Reg": "#0072b2", "+SLERP": "#d55e00", "+Proj": "#0
 N_TEST, N_MAX, IMBALANCE = 70, 100, 50  # images per class: test, largest in training, largest over smallest in training
 COUNTS = [int(N_MAX * (1 / IMBALANCE) ** (c / 9)) for c in range(10)]  # 100, 64, 41, 27, 17, 11, 7, 4, 3, 2
 GROUPS = {"many": slice(0, 3), "medium": slice(3, 6), "few": slice(6, 10)}  # over 30, 10 to 30, under 10 images
+# Strong settings, so that it shows what each does to alignment; the library's defaults are milder.
 LAMBDA = 1.0  # +Reg: weight of its term beside cross-entropy
 ALPHA_MAX, THRESHOLD = 0.1, 0.95  # +SLERP: rotate rows whose cosine is under 0.95, by up to a tenth of the angle
 GAMMA = 0.5  # +Proj: share of the original gradient that is mixed back in

@@ -304,6 +304,15 @@ def _absorb_batch_(
     of a loss that every rank computes in full are averaged over the ranks, but each rank's features exist on that rank
     alone (pitfall C3).
     """
+    features = features.detach()
+    if reduce is None and torch.compiler.is_compiling():
+        mean_sum_D = mean_CD.new_zeros(mean_CD.shape[1]) if mean_sum_D is None else mean_sum_D
+        scratch_C = torch.zeros_like(weight_C) if scratch_C is None else scratch_C
+        targets = targets.detach()
+        rate, labels_N = _opaque_update(
+            mean_CD, weight_C, mean_sum_D, scratch_C, features, targets, momentum, ignore_index, in_range
+        )
+        return BatchShare(rate, None if targets.is_floating_point() else labels_N)
     batch = _parse_batch(features, targets, mean_CD.shape[0], ignore_index, mean_CD.dtype, in_range)
     if batch.labels is not None and reduce is None:
         rate_N = _update_from_rows_(mean_CD, weight_C, batch, batch.labels, momentum, mean_sum_D, scratch_C)
@@ -314,6 +323,55 @@ def _absorb_batch_(
     rate_C = _update_from_statistics_(mean_CD, weight_C, sum_CD, batch_weight_C, momentum, mean_sum_D) * feature_scale
     rate_N = rate_C if batch.labels is None else rate_C[batch.labels]
     return BatchShare(batch.weight * rate_N, batch.labels)
+
+
+@torch.library.custom_op("spalign::update_class_means", mutates_args=("mean", "weight", "mean_sum", "scratch"))
+def _opaque_update(
+    mean: Tensor,
+    weight: Tensor,
+    mean_sum: Tensor,
+    scratch: Tensor,
+    features: Tensor,
+    targets: Tensor,
+    momentum: float | None,
+    ignore_index: int,
+    in_range: bool,
+) -> tuple[Tensor, Tensor]:
+    """The update as one node of a compiled graph.
+
+    Written out, a compiled training step may recompute in backward what the loss read of the state, from buffers that
+    the update has changed by then: silently wrong gradients.
+    """
+    share = _absorb_batch_(
+        mean,
+        weight,
+        features,
+        targets,
+        momentum=momentum,
+        ignore_index=ignore_index,
+        mean_sum_D=mean_sum,
+        scratch_C=scratch,
+        in_range=in_range,
+    )
+    return share.rate, torch.zeros_like(
+        targets[:0], dtype=torch.int64
+    ) if share.labels is None else share.labels.clone()
+
+
+@_opaque_update.register_fake
+def _(
+    mean: Tensor,
+    weight: Tensor,
+    mean_sum: Tensor,
+    scratch: Tensor,
+    features: Tensor,
+    targets: Tensor,
+    momentum: float | None,
+    ignore_index: int,
+    in_range: bool,
+) -> tuple[Tensor, Tensor]:
+    labels = targets[:0] if targets.is_floating_point() else targets
+    return torch.empty_like(targets, dtype=mean.dtype), torch.empty_like(labels, dtype=torch.int64)
 
 
 def update_class_means(
@@ -407,14 +465,6 @@ class _Rows(NamedTuple):
     valid: Tensor
 
 
-def _column(x_C: Tensor) -> Tensor:
-    """View (C,) as (C, 1).
-
-    Written so because inductor stores the values of as_strided; those of unsqueeze it may compute again per element.
-    """
-    return x_C.as_strided((x_C.shape[0], 1), (1, 1))
-
-
 def _row_mask(mask_C: Tensor) -> Tensor:
     """Return the mask; when compiled, by way of 16 bits.
 
@@ -460,7 +510,7 @@ def _rows(weight_CD: Tensor, mean_CD: Tensor, seen_C: Tensor, center_D: Tensor |
 
 def _across(rows: _Rows) -> tuple[Tensor, Tensor]:
     """Return the part of d across w, (C, D), and its squared norms, as they are: 1 - cos^2 cancels at small angles."""
-    across_CD = rows.d - rows.w * _column(rows.wd * rows.inv_w * rows.inv_w)
+    across_CD = rows.d - rows.w * (rows.wd * rows.inv_w * rows.inv_w).unsqueeze(1)
     return across_CD, _dots(across_CD, across_CD)
 
 
@@ -483,7 +533,7 @@ def directions(mean_CD: Tensor, seen_C: Tensor, *, center_D: Tensor | None = Non
     d_CD, dd_C, valid_C = _centered(mean_CD, seen_C, center_D, _math_dtype(mean_CD))
     valid_C = valid_C & _is_finite(dd_C)
     inv_d_C = torch.where(valid_C, torch.where(valid_C, dd_C, 1.0).rsqrt(), 0.0)
-    return (d_CD * _column(inv_d_C)).to(mean_CD.dtype)
+    return (d_CD * inv_d_C.unsqueeze(1)).to(mean_CD.dtype)
 
 
 def alignment(weight_CD: Tensor, mean_CD: Tensor, seen_C: Tensor, *, center_D: Tensor | None = None) -> Tensor:
@@ -536,7 +586,7 @@ def _loss_coefficients(rows: _Rows, seen_C: Tensor) -> tuple[Tensor, Tensor, Ten
 
 
 def _combine(x_CD: Tensor, a_C: Tensor, y_CD: Tensor, b_C: Tensor) -> Tensor:
-    return x_CD * _column(a_C) + y_CD * _column(b_C)
+    return x_CD * a_C.unsqueeze(1) + y_CD * b_C.unsqueeze(1)
 
 
 def alignment_loss(
@@ -700,7 +750,7 @@ def slerp(
         cross_C = to_C * (to_C * aa_C + 2.0 * from_C * _dots(rows.w, across_CD)) * rows.inv_w * rows.inv_w
         scale_C = (from_C * from_C + cross_C).rsqrt()
         new_CD = _combine(rows.w, from_C * scale_C, across_CD, to_C * scale_C).to(weight_CD.dtype)
-        return RotatedRows(torch.where(_column(rotate_C), new_CD, weight_CD), rotate_C, antipodal_C)
+        return RotatedRows(torch.where(rotate_C.unsqueeze(1), new_CD, weight_CD), rotate_C, antipodal_C)
 
 
 def project_gradient(
@@ -749,8 +799,8 @@ def project_gradient(
         across_CD, aa_C = _across(rows)
         defined_C = _row_mask(aa_C * rows.inv_d * rows.inv_d > (16 * torch.finfo(aa_C.dtype).eps) ** 2)
         p_C = (_dots(g_CD, across_CD) / aa_C).clamp_(min=0.0).masked_fill_(~defined_C, 0.0)
-        projected_CD = g_CD - across_CD * _column((1.0 - gamma) * p_C)
+        projected_CD = g_CD - across_CD * ((1.0 - gamma) * p_C).unsqueeze(1)
         if radial == "paper":
             along_C = (_dots(g_CD, rows.w) * rows.inv_w * rows.inv_w).masked_fill_(~_row_mask(rows.valid), 0.0)
-            projected_CD = projected_CD - rows.w * _column((1.0 - gamma) * along_C)
+            projected_CD = projected_CD - rows.w * ((1.0 - gamma) * along_C).unsqueeze(1)
         return projected_CD.to(grad_CD.dtype)

@@ -127,10 +127,15 @@ def test_batches_of_other_sizes_recompile_at_most_once() -> None:
     assert counter.frame_count <= 2
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("align", ["both", "features"])
+@pytest.mark.parametrize(
+    ("align", "backend"),
+    [("both", "eager"), ("features", "eager"), ("both", "aot_eager"), ("features", "aot_eager"), ("both", "inductor")],
+)
 def test_a_whole_training_step_compiles(backend: str, align: spalign.reg.Align) -> None:
-    """Model, main loss, tracker update and regularizer in one graph, forward and backward."""
+    """Model, main loss, tracker update and regularizer in one graph, forward and backward.
+
+    Written out in the graph, the update was taken in twice by gradients that the partitioner recomputed in backward.
+    """
 
     def train(compile_it: bool) -> tuple[list[Tensor], dict[str, Tensor]]:
         torch.manual_seed(1)
@@ -198,8 +203,9 @@ def test_projected_step_compiles(kind: str) -> None:
         assert frames[-1] == frames[1], "compiles again and again"
         return [p.detach() for p in head.parameters]
 
+    # Bit-equal in newer versions; torch 2.6 fuses the optimizer's own arithmetic in another order.
     for a, b in zip(train(True), train(False), strict=True):
-        assert torch.equal(a, b)
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
 def test_capture_records_in_a_compiled_model_if_attached_first() -> None:
@@ -222,13 +228,25 @@ def test_capture_records_in_a_compiled_model_if_attached_first() -> None:
         assert "before the first compiled call" in str(error)  # noqa: PT017
 
 
-def test_inductor_smoke() -> None:
-    """One kernel per pass: values agree to float32 rounding, as fused kernels sum in another order."""
-    p = problem()
-    function = compiled(
-        lambda w, g: (*F.alignment_loss_and_grad(w, *p[1:3]), F.project_gradient(g, w, *p[1:3], gamma=0.3)),
-        "inductor",
-    )
-    want = (*F.alignment_loss_and_grad(*p[:3]), F.project_gradient(p.g, *p[:3], gamma=0.3))
-    for a, b in zip(function(p.w, p.g), want, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+def test_inductor_equals_eager() -> None:
+    """The row functions at once, an unseen class and a bfloat16 gradient included; fused kernels sum in another order.
+
+    One compilation for all: it takes seconds.
+    """
+    p = make_problem(1, num_classes=20, dim=33, unseen=(2, 7), dtype=torch.float32)
+
+    mean, seen = p.mean, p.seen  # torch 2.6 does not trace attributes of a named tuple that a closure holds
+
+    def rows(w: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+        loss, grad = F.alignment_loss_and_grad(w, mean, seen)
+        new, rotated, _ = F.slerp(w, mean, seen, alpha=0.3, threshold=0.1)
+        keep = F.project_gradient(g, w, mean, seen, gamma=0.3, radial="keep")
+        paper = F.project_gradient(g, w, mean, seen, gamma=0.3)
+        return loss, grad, new, rotated, keep, paper, F.directions(mean, seen)
+
+    g = p.g.bfloat16()
+    for a, b in zip(compiled(rows, "inductor")(p.w, g), rows(p.w, g), strict=True):
+        assert a.dtype == b.dtype
+        # One rounding of the output may fall the other way.
+        eps = torch.finfo(torch.bfloat16).eps if a.dtype == torch.bfloat16 else 0.0
+        torch.testing.assert_close(a, b, rtol=1e-5 + eps, atol=1e-6)

@@ -197,12 +197,15 @@ def test_gradcheck_of_the_loss_by_weight_and_means(problem: Problem) -> None:
 
 @pytest.mark.parametrize("momentum", [None, 0.1])
 @pytest.mark.parametrize("soft", [False, True])
-def test_gradcheck_of_the_loss_by_weight_and_features_through_the_update(momentum: float | None, soft: bool) -> None:
-    """Both ways to the features: through the means, and by the closed form that never forms a (C, D) gradient."""
+@pytest.mark.parametrize("n", [1, 4, 6, 13], ids=lambda n: f"{n} samples of 6 classes")
+def test_gradcheck_of_the_loss_by_weight_and_features_through_the_update(
+    momentum: float | None, soft: bool, n: int
+) -> None:
+    """Both ways to the features: through the means, and by the closed form, with fewer samples than classes or more."""
     p = make_problem(5)
     weight = p.seen.double() * 5
-    h, y = make_batch(6, 8, 6, 8, torch.float64)
-    targets = soft_labels(6, 8, 6) if soft else y
+    h, y = make_batch(6, n, 6, 8, torch.float64)
+    targets = soft_labels(6, n, 6) if soft else y
 
     def through_means(w: Tensor, features: Tensor) -> Tensor:
         mean, n = F.update_class_means(p.mean, weight, features, targets, momentum=momentum)

@@ -240,10 +240,11 @@ def test_b9_slerp_at_every_angle(theta: float, alpha: float, dtype: torch.dtype)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("distance", [1.1e-3, 2e-3, 1e-2, 1e-1])
-def test_b9_norms_hold_close_to_pi(dtype: torch.dtype, distance: float) -> None:
+@pytest.mark.parametrize("alpha", [0.05, 0.3, 0.5, 0.9])
+def test_b9_norms_hold_close_to_pi(dtype: torch.dtype, distance: float, alpha: float) -> None:
     """B9: there both sine ratios are large and nearly cancel."""
     w, mean, seen = pair_at(math.pi - distance, dtype)
-    new, rotated, _ = F.slerp(w, mean, seen, alpha=0.5, threshold=1.0)
+    new, rotated, _ = F.slerp(w, mean, seen, alpha=alpha, threshold=1.0)
     assert rotated.all()
     torch.testing.assert_close(new.norm(dim=1), w.norm(dim=1), rtol=4 * torch.finfo(dtype).eps, atol=0)
 

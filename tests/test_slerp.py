@@ -56,6 +56,18 @@ def test_step_rotates_the_rows_of_the_next_forward_pass(kind: str, threshold: fl
 
 
 @every_head
+def test_the_layer_shows_the_rotated_rows_before_the_next_forward_pass(kind: str) -> None:
+    """Old weight norm keeps its product in an attribute, which checkpoints of other libraries and plots read."""
+    head = HEADS[kind](rows())
+    before = head.rows()
+    spalign.SpASlerp(head.classifier, fed(head.classifier), total_steps=1, alpha_max=0.4, threshold=1.0).step()
+    shown = spalign.Classifier.of(head.classifier)._weight().detach()
+    shown = shown.flatten(1) if kind == "conv1x1" else shown.t() if kind == "columns" else shown
+    torch.testing.assert_close(shown, head.rows(), rtol=1e-6, atol=1e-6)  # another kernel may round otherwise
+    assert not torch.allclose(shown, before)
+
+
+@every_head
 def test_norms_stay_over_many_steps(kind: str) -> None:
     w = rows()
     head = HEADS[kind](w)
