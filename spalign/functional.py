@@ -465,8 +465,17 @@ class _Rows(NamedTuple):
     valid: Tensor
 
 
+def _column(x_C: Tensor) -> Tensor:
+    """View (C,) as (C, 1), in functions that are one pass over the rows when compiled.
+
+    Of as_strided inductor stores the values; those of unsqueeze it may compute again for every element. Kept out of
+    :func:`alignment_loss`: beside an in-place update in one graph, inductor has corrupted the state with it.
+    """
+    return x_C.as_strided((x_C.shape[0], 1), (1, 1))
+
+
 def _row_mask(mask_C: Tensor) -> Tensor:
-    """Return the mask; when compiled, by way of 16 bits.
+    """Return the mask; in functions that are one pass over the rows, by way of 16 bits when compiled.
 
     Inductor does not vectorize 16-bit maths over rows, and so keeps a row's sums, its coefficients and its update in
     one loop over rows: on the CPU that reads memory once instead of thrice.
@@ -490,13 +499,16 @@ def _centered(
     d_CD = mean_CD - center_D.to(dtype)
     dd_C = _dots(d_CD, d_CD)
     # A difference of this size is the rounding of its terms: it points nowhere.
-    return d_CD, dd_C, _row_mask(seen_C) & (dd_C > floor**2 * (center_D * center_D).sum())
+    return d_CD, dd_C, seen_C & (dd_C > floor**2 * (center_D * center_D).sum())
 
 
-def _rows(weight_CD: Tensor, mean_CD: Tensor, seen_C: Tensor, center_D: Tensor | None) -> _Rows:
+def _rows(
+    weight_CD: Tensor, mean_CD: Tensor, seen_C: Tensor, center_D: Tensor | None, *, one_pass: bool = False
+) -> _Rows:
     dtype = _math_dtype(weight_CD, mean_CD)
     w_CD = weight_CD.to(dtype)
     d_CD, dd_C, valid_C = _centered(mean_CD, seen_C, center_D, dtype)
+    valid_C = _row_mask(valid_C) if one_pass else valid_C
     ww_C = _dots(w_CD, w_CD)
     inv_w_C, inv_d_C = ww_C.rsqrt(), dd_C.rsqrt()
     # The inverse of a norm is not positive where the row is not finite, and infinite where it is zero.
@@ -510,7 +522,7 @@ def _rows(weight_CD: Tensor, mean_CD: Tensor, seen_C: Tensor, center_D: Tensor |
 
 def _across(rows: _Rows) -> tuple[Tensor, Tensor]:
     """Return the part of d across w, (C, D), and its squared norms, as they are: 1 - cos^2 cancels at small angles."""
-    across_CD = rows.d - rows.w * (rows.wd * rows.inv_w * rows.inv_w).unsqueeze(1)
+    across_CD = rows.d - rows.w * _column(rows.wd * rows.inv_w * rows.inv_w)
     return across_CD, _dots(across_CD, across_CD)
 
 
@@ -587,6 +599,10 @@ def _loss_coefficients(rows: _Rows, seen_C: Tensor) -> tuple[Tensor, Tensor, Ten
 
 def _combine(x_CD: Tensor, a_C: Tensor, y_CD: Tensor, b_C: Tensor) -> Tensor:
     return x_CD * a_C.unsqueeze(1) + y_CD * b_C.unsqueeze(1)
+
+
+def _combine_in_one_pass(x_CD: Tensor, a_C: Tensor, y_CD: Tensor, b_C: Tensor) -> Tensor:
+    return x_CD * _column(a_C) + y_CD * _column(b_C)
 
 
 def alignment_loss(
@@ -674,9 +690,9 @@ def alignment_loss_and_grad(
         (0.5, [[0.0, 0.0], [0.5, 0.0]])
     """
     with torch.no_grad():
-        rows = _rows(weight_CD, mean_CD, seen_C, center_D)
+        rows = _rows(weight_CD, mean_CD, seen_C, center_D, one_pass=True)
         loss, a_C, b_C, _, _ = _loss_coefficients(rows, seen_C)
-        return loss, _combine(rows.w, a_C, rows.d, b_C).to(weight_CD.dtype)
+        return loss, _combine_in_one_pass(rows.w, a_C, rows.d, b_C).to(weight_CD.dtype)
 
 
 def cosine_schedule(step: int, total_steps: int, maximum: float) -> float:
@@ -733,7 +749,7 @@ def slerp(
         ([[1.4142, 1.4142], [-1.0, 0.0]], [True, False])
     """
     with torch.no_grad():
-        rows = _rows(weight_CD, mean_CD, seen_C, center_D)
+        rows = _rows(weight_CD, mean_CD, seen_C, center_D, one_pass=True)
         across_CD, aa_C = _across(rows)
         sin_C = aa_C.sqrt() * rows.inv_d
         angle_C = torch.atan2(sin_C, rows.cos)
@@ -749,8 +765,8 @@ def slerp(
         # Near 0 and pi, rounding leaves the part across not quite across, which would show in the norm.
         cross_C = to_C * (to_C * aa_C + 2.0 * from_C * _dots(rows.w, across_CD)) * rows.inv_w * rows.inv_w
         scale_C = (from_C * from_C + cross_C).rsqrt()
-        new_CD = _combine(rows.w, from_C * scale_C, across_CD, to_C * scale_C).to(weight_CD.dtype)
-        return RotatedRows(torch.where(rotate_C.unsqueeze(1), new_CD, weight_CD), rotate_C, antipodal_C)
+        new_CD = _combine_in_one_pass(rows.w, from_C * scale_C, across_CD, to_C * scale_C).to(weight_CD.dtype)
+        return RotatedRows(torch.where(_column(rotate_C), new_CD, weight_CD), rotate_C, antipodal_C)
 
 
 def project_gradient(
@@ -794,13 +810,13 @@ def project_gradient(
         [[1.0, 4.0], [0.0, 1.0]]
     """
     with torch.no_grad():
-        rows = _rows(weight_CD, mean_CD, seen_C, center_D)
+        rows = _rows(weight_CD, mean_CD, seen_C, center_D, one_pass=True)
         g_CD = grad_CD.to(rows.w.dtype)
         across_CD, aa_C = _across(rows)
         defined_C = _row_mask(aa_C * rows.inv_d * rows.inv_d > (16 * torch.finfo(aa_C.dtype).eps) ** 2)
         p_C = (_dots(g_CD, across_CD) / aa_C).clamp_(min=0.0).masked_fill_(~defined_C, 0.0)
-        projected_CD = g_CD - across_CD * ((1.0 - gamma) * p_C).unsqueeze(1)
+        projected_CD = g_CD - across_CD * _column((1.0 - gamma) * p_C)
         if radial == "paper":
             along_C = (_dots(g_CD, rows.w) * rows.inv_w * rows.inv_w).masked_fill_(~_row_mask(rows.valid), 0.0)
-            projected_CD = projected_CD - rows.w * ((1.0 - gamma) * along_C).unsqueeze(1)
+            projected_CD = projected_CD - rows.w * _column((1.0 - gamma) * along_C)
         return projected_CD.to(grad_CD.dtype)

@@ -250,3 +250,25 @@ def test_inductor_equals_eager() -> None:
         # One rounding of the output may fall the other way.
         eps = torch.finfo(torch.bfloat16).eps if a.dtype == torch.bfloat16 else 0.0
         torch.testing.assert_close(a, b, rtol=1e-5 + eps, atol=1e-6)
+
+
+def test_projected_step_under_inductor() -> None:
+    """The projection, written into the gradient, and the optimizer's in-place update in one graph of kernels."""
+
+    def train(compile_it: bool) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(0)
+        head = nn.Linear(D, C)
+        tracker = spalign.ClassMeanTracker.for_classifier(head)
+        tracker.update(*make_batch(1, N, C, D))
+        optimizer = spalign.SpAProj(torch.optim.SGD(head.parameters(), lr=0.1, momentum=0.9), head, tracker, gamma=0.3)
+        step = torch.compile(optimizer.step) if compile_it else optimizer.step
+        for seed in range(3):
+            rng = torch.Generator().manual_seed(seed)
+            for p in head.parameters():
+                p.grad = torch.randn(p.shape, generator=rng)
+            step()
+        return head.weight.detach(), tracker.mean
+
+    for a, b in zip(train(True), train(False), strict=True):
+        # Fused kernels sum in another order.
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
