@@ -1,7 +1,7 @@
 """Class means, alignment loss, rotation and gradient projection as functions of tensors.
 
-No modules, no process groups, no host synchronisation. Every function takes its state as arguments; the two whose
-names end in an underscore write into it, all others are pure. The classes of :mod:`spalign` are thin wrappers.
+No modules, no process groups, no host synchronisation. Every function takes its state as arguments; those whose names
+end in an underscore write into it, all others are pure. The classes of :mod:`spalign` are thin wrappers.
 
 Shapes: N samples, C classes, D feature dimensions. ``h_ND`` features, ``w_CD`` classifier rows, ``mu_CD`` class means,
 ``mu_G`` the mean of the class means over the classes seen so far (``center_D``), ``d_CD = mu_CD - mu_G``. A hat is a
