@@ -92,7 +92,9 @@ def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
 
 
 def _is_finite(x: Tensor) -> Tensor:
-    return x - x == 0  # half the operations of torch.isfinite
+    """:func:`torch.isfinite` in half its operations: inf - inf is nan, and nan is not itself."""
+    difference = x - x
+    return difference == difference
 
 
 def _zero_non_finite_(x: Tensor) -> Tensor:
@@ -104,11 +106,8 @@ def _parse_batch(
 ) -> _Batch:
     """Parse a batch. ``in_range`` says that all of ``targets`` are known to be labels of classes to take in."""
     h_ND = features.to(dtype)
-    # A row sum is finite exactly when every entry is (or when it overflows, and with it the mean would). Inf - inf is
-    # nan, and nan is not itself.
-    row_N = h_ND.sum(1)
-    row_N = row_N - row_N
-    usable_N = row_N == row_N
+    # A row sum is finite exactly when every entry is (unless it overflows, and then the mean would too).
+    usable_N = _is_finite(h_ND.sum(1))
     if not targets.is_floating_point():
         labels_N = targets.long()  # num_classes may not fit into uint8
         if not in_range:
@@ -353,9 +352,8 @@ def _opaque_update(
         scratch_C=scratch,
         in_range=in_range,
     )
-    return share.rate, torch.zeros_like(
-        targets[:0], dtype=torch.int64
-    ) if share.labels is None else share.labels.clone()
+    labels = targets.new_empty(0, dtype=torch.int64) if share.labels is None else share.labels.clone()
+    return share.rate, labels
 
 
 @_opaque_update.register_fake
@@ -370,8 +368,8 @@ def _(
     ignore_index: int,
     in_range: bool,
 ) -> tuple[Tensor, Tensor]:
-    labels = targets[:0] if targets.is_floating_point() else targets
-    return torch.empty_like(targets, dtype=mean.dtype), torch.empty_like(labels, dtype=torch.int64)
+    num_labels = 0 if targets.is_floating_point() else len(targets)
+    return torch.empty_like(targets, dtype=mean.dtype), targets.new_empty(num_labels, dtype=torch.int64)
 
 
 def update_class_means(
