@@ -94,7 +94,7 @@ STAGES = {
     "main": Stage((), {"IF 100": ""}, DEFAULTS, (0, 1, 2)),
     # Without augmentation the network fits every training image: the paper's regime.
     "zero-error": Stage(("--no-augment",), {"IF 100, no augmentation": ""}, DEFAULTS, (0, 1, 2)),
-    # Where is alignment low, and does raising it pay there? One seed: a search, not a measurement.
+    # Where is alignment low, and does raising it pay there?
     "regimes": Stage(
         TUNE,
         {
@@ -109,7 +109,7 @@ STAGES = {
             "SLERP 0.2 below 0.9": "--spaslerp --alpha-max 0.2 --threshold 0.9",
             "Proj 0.5, keep": "--spaproj --gamma 0.5 --radial keep",
         },
-        (0,),
+        (0, 1, 2),
     ),
 }
 
