@@ -131,7 +131,7 @@ class Classifier:
     def as_stored(self, x_CD: Tensor) -> Tensor:
         """View (C, D) rows in the layout of the weight."""
         x = x_CD.t() if self.class_dim == 1 else x_CD
-        return x[(...,) + (None,) * (self._stored().ndim - 2)]
+        return x if self._ndim == 2 else x[(...,) + (None,) * (self._ndim - 2)]
 
     def localize(self, x: Tensor) -> Tensor:
         """Cut (C, D) or (C, 1) values that every rank holds to the rows of this rank's shard of the weight."""
@@ -250,6 +250,7 @@ class Classifier:
                 f"{what}.{self.weight_name} has shape {shape} and dtype {weight.dtype}, expected a float matrix "
                 "(C, D), or (C, D, 1, 1) of a 1x1 convolution; pass the layer that maps features to logits"
             )
+        self._ndim = weight.ndim
         if 0 in shape:
             raise ValueError(f"{what}.{self.weight_name} has shape {shape}, expected at least one class and feature")
 

@@ -71,12 +71,14 @@ class _Batch(NamedTuple):
     """Features and labels in one form: sample weights instead of special values.
 
     h_ND in the dtype of the maths; labels_N int64 and weight_N in {0, 1} for class indices, or labels None and
-    weight_NC >= 0 for soft labels. Samples to pass over weigh 0; their features may hold anything.
+    weight_NC >= 0 for soft labels. Samples to pass over weigh 0; their features may hold anything. ``clean`` says that
+    there are none.
     """
 
     h: Tensor
     weight: Tensor
     labels: Tensor | None
+    clean: bool = False
 
 
 def _math_dtype(*tensors: Tensor) -> torch.dtype:
@@ -102,20 +104,20 @@ def _zero_non_finite_(x: Tensor) -> Tensor:
 
 
 def _parse_batch(
-    features: Tensor, targets: Tensor, num_classes: int, ignore_index: int, dtype: torch.dtype, in_range: bool = False
+    features: Tensor, targets: Tensor, num_classes: int, ignore_index: int, dtype: torch.dtype, clean: bool = False
 ) -> _Batch:
-    """Parse a batch. ``in_range`` says that all of ``targets`` are known to be labels of classes to take in."""
+    """Parse a batch. ``clean`` says that targets are labels of classes to take in, and features finite, throughout."""
     h_ND = features.to(dtype)
+    if clean:
+        return _Batch(h_ND, h_ND.new_ones(len(h_ND)), targets.long(), clean)
     # A row sum is finite exactly when every entry is (unless it overflows, and then the mean would too).
     usable_N = _is_finite(h_ND.sum(1))
     if not targets.is_floating_point():
         labels_N = targets.long()  # num_classes may not fit into uint8
-        if not in_range:
-            usable_N = usable_N & (labels_N >= 0) & (labels_N < num_classes)
-            if 0 <= ignore_index < num_classes:
-                usable_N = usable_N & (labels_N != ignore_index)
-            labels_N = torch.where(usable_N, labels_N, 0)
-        return _Batch(h_ND, usable_N.to(dtype), labels_N)
+        usable_N = usable_N & (labels_N >= 0) & (labels_N < num_classes)
+        if 0 <= ignore_index < num_classes:
+            usable_N = usable_N & (labels_N != ignore_index)
+        return _Batch(h_ND, usable_N.to(dtype), torch.where(usable_N, labels_N, 0))
     # A row's floor is what label smoothing spreads over every class; it says nothing of the class, so it is subtracted
     # and the rest rescaled to the row's sum (pitfall D8). What a uniform row leaves is rounding noise: it weighs 0.
     q_NC = targets.to(dtype)
@@ -128,12 +130,13 @@ def _parse_batch(
 
 
 def _batch_statistics(batch: _Batch, num_classes: int) -> tuple[Tensor, Tensor]:
-    h_ND = torch.nan_to_num(batch.h, 0.0, 0.0, 0.0)
+    h_ND = batch.h if batch.clean else torch.nan_to_num(batch.h, 0.0, 0.0, 0.0)
     if batch.labels is None:
         with _no_autocast(h_ND):
             return batch.weight.t() @ h_ND, batch.weight.sum(0)
-    sum_CD = h_ND.new_zeros(num_classes, h_ND.shape[1])
-    sum_CD.index_add_(0, batch.labels, h_ND * batch.weight.unsqueeze(1))
+    if not batch.clean:
+        h_ND = h_ND.mul_(batch.weight.unsqueeze(1))
+    sum_CD = h_ND.new_zeros(num_classes, h_ND.shape[1]).index_add_(0, batch.labels, h_ND)
     return sum_CD, h_ND.new_zeros(num_classes).index_add_(0, batch.labels, batch.weight)
 
 
@@ -174,19 +177,20 @@ def _update_from_statistics_(
     mean_sum_D: Tensor | None,
 ) -> Tensor:
     """Move class means in place by a batch given as sums and weights, O(C D). Return the rates r_C."""
-    has_C = batch_weight_C > 0
-    first_C = has_C & (weight_C == 0)
-    weight_C.add_(batch_weight_C)
-    part_C = torch.where(has_C, 1.0 / torch.where(has_C, batch_weight_C, 1.0), 0.0)
+    tiny = torch.finfo(mean_CD.dtype).tiny  # a divisor for classes not in the batch, which have 0 for a dividend
+    divisor_C = batch_weight_C.clamp(min=tiny)
     if momentum is None:
-        rate_C = torch.where(has_C, 1.0 / torch.where(has_C, weight_C, 1.0), 0.0)
+        weight_C.add_(batch_weight_C)
+        part_C = batch_weight_C / weight_C.clamp(min=tiny)
     else:
-        rate_C = torch.where(first_C, part_C, momentum * part_C)
-    delta_CD = (sum_CD - mean_CD * batch_weight_C.unsqueeze(1)).mul_(rate_C.unsqueeze(1))
-    mean_CD.add_(delta_CD)
+        # The share of the batch in the mean: momentum, or momentum^0 for a new class; 0 where there is none.
+        part_C = torch.pow(momentum, weight_C.sign()).mul_(batch_weight_C.sign())
+        weight_C.add_(batch_weight_C)
+    # lerp keeps every bit at 0 and copies at 1.
+    mean_CD.lerp_(sum_CD.div_(divisor_C.unsqueeze(1)), part_C.unsqueeze(1))
     if mean_sum_D is not None:
-        mean_sum_D.copy_(mean_CD.sum(0, dtype=mean_sum_D.dtype))
-    return rate_C
+        torch.sum(mean_CD, 0, dtype=mean_sum_D.dtype, out=mean_sum_D)
+    return part_C.div_(divisor_C)
 
 
 def _update_from_rows_(
@@ -196,17 +200,13 @@ def _update_from_rows_(
     labels_N: Tensor,
     momentum: float | None,
     mean_sum_D: Tensor | None,
-    scratch_C: Tensor | None,
 ) -> Tensor:
     """Move class means in place by the samples of a batch with class indices, O(N D). Return the rates r_N."""
-    if scratch_C is None:
-        scratch_C = torch.zeros_like(weight_C)
-    # n_c of each sample's class: sums of ones are exact, so the order of the additions does not matter.
-    scratch_C.index_add_(0, labels_N, batch.weight)
-    count_N = scratch_C.index_select(0, labels_N)
-    scratch_C.index_fill_(0, labels_N, 0.0)
-    # All samples of a class write the same new weight. Adding their ones singly would stall at 2^24 in float32.
+    # n_c of each sample's class: sums of ones are exact, so the order of the additions does not matter. They are
+    # added up where the class's weight was, because added to it they would stall at 2^24 in float32; then all samples
+    # of a class write the same new weight.
     before_N = weight_C.index_select(0, labels_N)
+    count_N = weight_C.index_fill_(0, labels_N, 0.0).index_add_(0, labels_N, batch.weight).index_select(0, labels_N)
     after_N = before_N + count_N
     weight_C.index_copy_(0, labels_N, after_N)
     # A usable sample counts itself; where none is, the weight of 0 decides.
@@ -214,15 +214,15 @@ def _update_from_rows_(
     if momentum is None:
         rate_N = batch.weight / after_N.clamp(min=1.0)
     else:
-        # part for new classes and momentum * part for others, exactly: either term is 0.
-        seen_part_N = part_N * before_N.sign()
-        rate_N = torch.add(part_N - seen_part_N, seen_part_N, alpha=momentum)
+        rate_N = part_N * torch.pow(momentum, before_N.sign())
 
     # One block of memory for both: on the CPU, asking for it afresh costs more than the arithmetic.
     before_ND, row_ND = mean_CD.new_empty(2, *batch.h.shape).unbind()
     torch.index_select(mean_CD, 0, labels_N, out=before_ND)
-    _zero_non_finite_(torch.sub(batch.h, before_ND, out=row_ND)).mul_(rate_N.unsqueeze(1))
-    mean_CD.index_add_(0, labels_N, row_ND)
+    torch.sub(batch.h, before_ND, out=row_ND)
+    if not batch.clean:
+        _zero_non_finite_(row_ND)
+    mean_CD.index_add_(0, labels_N, row_ND.mul_(rate_N.unsqueeze(1)))
     if mean_sum_D is not None:
         # What the means really moved by, not what they should have: a mean that has converged stops a rounding error
         # short, and adding up the steps it did not take would drift without bound.
@@ -241,7 +241,6 @@ def update_class_means_(
     momentum: float | None = 0.1,
     ignore_index: int = -100,
     mean_sum_D: Tensor | None = None,
-    scratch_C: Tensor | None = None,
 ) -> BatchShare:
     """Move class means towards a batch, in place.
 
@@ -257,7 +256,6 @@ def update_class_means_(
         momentum: weight of the new value as in BatchNorm; ``None`` for the exact cumulative mean.
         ignore_index: label of samples to pass over. Labels outside [0, C) and rows with a non-finite value are too.
         mean_sum_D: (D,) float64 sum of the class means, written; what makes the global mean cheap.
-        scratch_C: (C,) zeros in the dtype of ``mean_CD``, zeros again on return; spares an allocation of C per call.
 
     Returns:
         How far each sample moved its class mean, which is the derivative of the new means by the features.
@@ -278,7 +276,6 @@ def update_class_means_(
         momentum=momentum,
         ignore_index=ignore_index,
         mean_sum_D=mean_sum_D,
-        scratch_C=scratch_C,
     )
 
 
@@ -292,49 +289,48 @@ def _absorb_batch_(
     momentum: float | None,
     ignore_index: int,
     mean_sum_D: Tensor | None,
-    scratch_C: Tensor | None,
-    in_range: bool = False,
+    clean: bool = False,
     reduce: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     feature_scale: int = 1,
 ) -> BatchShare:
     """:func:`update_class_means_`, with ``reduce`` adding up the statistics of several ranks before they are used.
 
-    ``in_range`` says that all labels are known to be class indices. ``feature_scale`` multiplies the share: gradients
-    of a loss that every rank computes in full are averaged over the ranks, but each rank's features exist on that rank
-    alone (pitfall C3).
+    ``clean`` says that all labels are known to be class indices and all features finite. ``feature_scale`` multiplies
+    the share: gradients of a loss that every rank computes in full are averaged over the ranks, but each rank's
+    features exist on that rank alone (pitfall C3).
     """
     features = features.detach()
     if reduce is None and torch.compiler.is_compiling():
         mean_sum_D = mean_CD.new_zeros(mean_CD.shape[1]) if mean_sum_D is None else mean_sum_D
-        scratch_C = torch.zeros_like(weight_C) if scratch_C is None else scratch_C
         targets = targets.detach()
-        rate, labels_N = _opaque_update(
-            mean_CD, weight_C, mean_sum_D, scratch_C, features, targets, momentum, ignore_index, in_range
-        )
+        rate, labels_N = _opaque_update(mean_CD, weight_C, mean_sum_D, features, targets, momentum, ignore_index)
         return BatchShare(rate, None if targets.is_floating_point() else labels_N)
-    batch = _parse_batch(features, targets, mean_CD.shape[0], ignore_index, mean_CD.dtype, in_range)
-    if batch.labels is not None and reduce is None:
-        rate_N = _update_from_rows_(mean_CD, weight_C, batch, batch.labels, momentum, mean_sum_D, scratch_C)
+    batch = _parse_batch(features, targets, mean_CD.shape[0], ignore_index, mean_CD.dtype, clean)
+    if batch.labels is not None and reduce is None and len(batch.labels) < len(mean_CD):
+        rate_N = _update_from_rows_(mean_CD, weight_C, batch, batch.labels, momentum, mean_sum_D)
         return BatchShare(rate_N, batch.labels)
+    # For no more classes than samples this is the shorter way on one process too.
     sum_CD, batch_weight_C = _batch_statistics(batch, mean_CD.shape[0])
     if reduce is not None:
         sum_CD, batch_weight_C = reduce(sum_CD, batch_weight_C)
-    rate_C = _update_from_statistics_(mean_CD, weight_C, sum_CD, batch_weight_C, momentum, mean_sum_D) * feature_scale
-    rate_N = rate_C if batch.labels is None else rate_C[batch.labels]
-    return BatchShare(batch.weight * rate_N, batch.labels)
+    rate_C = _update_from_statistics_(mean_CD, weight_C, sum_CD, batch_weight_C, momentum, mean_sum_D)
+    if feature_scale != 1:
+        rate_C = rate_C * feature_scale
+    if batch.labels is None:
+        return BatchShare(batch.weight * rate_C, None)
+    rate_N = rate_C.index_select(0, batch.labels)
+    return BatchShare(rate_N if batch.clean else rate_N.mul_(batch.weight), batch.labels)
 
 
-@torch.library.custom_op("spalign::update_class_means", mutates_args=("mean", "weight", "mean_sum", "scratch"))
+@torch.library.custom_op("spalign::update_class_means", mutates_args=("mean", "weight", "mean_sum"))
 def _opaque_update(
     mean: Tensor,
     weight: Tensor,
     mean_sum: Tensor,
-    scratch: Tensor,
     features: Tensor,
     targets: Tensor,
     momentum: float | None,
     ignore_index: int,
-    in_range: bool,
 ) -> tuple[Tensor, Tensor]:
     """The update as one node of a compiled graph.
 
@@ -349,8 +345,6 @@ def _opaque_update(
         momentum=momentum,
         ignore_index=ignore_index,
         mean_sum_D=mean_sum,
-        scratch_C=scratch,
-        in_range=in_range,
     )
     labels = targets.new_empty(0, dtype=torch.int64) if share.labels is None else share.labels.clone()
     return share.rate, labels
@@ -361,12 +355,10 @@ def _(
     mean: Tensor,
     weight: Tensor,
     mean_sum: Tensor,
-    scratch: Tensor,
     features: Tensor,
     targets: Tensor,
     momentum: float | None,
     ignore_index: int,
-    in_range: bool,
 ) -> tuple[Tensor, Tensor]:
     num_labels = 0 if targets.is_floating_point() else len(targets)
     return torch.empty_like(targets, dtype=mean.dtype), targets.new_empty(num_labels, dtype=torch.int64)
@@ -494,10 +486,11 @@ def _centered(
     if center_D is None:
         center_D = global_mean(mean_CD, seen_C)
         seen_C = seen_C & (seen_C.sum() > 1)  # a single class lies on the global mean
-    d_CD = mean_CD - center_D.to(dtype)
+    center_D = center_D.to(dtype)
+    d_CD = mean_CD - center_D
     dd_C = _dots(d_CD, d_CD)
     # A difference of this size is the rounding of its terms: it points nowhere.
-    return d_CD, dd_C, seen_C & (dd_C > floor**2 * (center_D * center_D).sum())
+    return d_CD, dd_C, seen_C & (dd_C > floor**2 * torch.dot(center_D, center_D))
 
 
 def _rows(
@@ -587,20 +580,17 @@ class _KnownGradient(torch.autograd.Function):
 
 
 def _loss_coefficients(rows: _Rows, seen_C: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return loss, and per row (a, b, p, q): dL/dw = a w + b d, dL/dd = b w + p d, q = share of each mean in mu_G."""
-    share_C = seen_C.to(rows.cos.dtype) / seen_C.sum().clamp(min=1)
+    """Return loss, and per row (a, b, p, q): dL/dw = a w - b d, dL/dd = p d - b w, q = share of each mean in mu_G."""
+    share = seen_C.sum(dtype=rows.cos.dtype).clamp_(min=1.0).reciprocal_()
+    share_C = seen_C * share
     loss = torch.dot((1.0 - rows.cos).mul_(rows.valid), share_C)
-    scaled_w_C, scaled_d_C = rows.inv_w * share_C, rows.inv_d * share_C
-    a_C, b_C, p_C = rows.cos * rows.inv_w * scaled_w_C, -rows.inv_d * scaled_w_C, rows.cos * rows.inv_d * scaled_d_C
-    return loss, a_C, b_C, p_C, share_C
+    scaled_w_C = rows.inv_w * share
+    a_C, p_C = rows.cos * rows.inv_w * scaled_w_C, rows.cos * rows.inv_d * rows.inv_d * share
+    return loss, a_C, scaled_w_C * rows.inv_d, p_C, share_C
 
 
-def _combine(x_CD: Tensor, a_C: Tensor, y_CD: Tensor, b_C: Tensor) -> Tensor:
-    return x_CD * a_C.unsqueeze(1) + y_CD * b_C.unsqueeze(1)
-
-
-def _combine_in_one_pass(x_CD: Tensor, a_C: Tensor, y_CD: Tensor, b_C: Tensor) -> Tensor:
-    return x_CD * _column(a_C) + y_CD * _column(b_C)
+def _difference(x_CD: Tensor, a_C1: Tensor, y_CD: Tensor, b_C1: Tensor) -> Tensor:
+    return torch.addcmul(x_CD * a_C1, y_CD, b_C1, value=-1)
 
 
 def alignment_loss(
@@ -641,10 +631,11 @@ def alignment_loss(
     with torch.no_grad(), _no_autocast(weight_CD):
         rows = _rows(weight_CD, mean_CD, seen_C, center_D)
         loss, a_C, b_C, p_C, q_C = _loss_coefficients(rows, seen_C)
+        b_C1 = b_C.unsqueeze(1)
         if weight_CD.requires_grad:
-            inputs_and_grads += [weight_CD, _combine(rows.w, a_C, rows.d, b_C)]
+            inputs_and_grads += [weight_CD, _difference(rows.w, a_C.unsqueeze(1), rows.d, b_C1)]
         if mean_CD.requires_grad:
-            e_CD = _combine(rows.w, b_C, rows.d, p_C)
+            e_CD = _difference(rows.d, p_C.unsqueeze(1), rows.w, b_C1)
             inputs_and_grads += [mean_CD, e_CD - q_C.unsqueeze(1) * e_CD.sum(0)]
         if features is not None and share is not None and features.requires_grad:
             inputs_and_grads += [features, _feature_gradient(rows, b_C, p_C, q_C, share)]
@@ -654,14 +645,14 @@ def alignment_loss(
 
 
 def _feature_gradient(rows: _Rows, b_C: Tensor, p_C: Tensor, q_C: Tensor, share: BatchShare) -> Tensor:
-    """Pull dL/dmu_c = e_c - q_c sum_k e_k, e = b w + p d, back to the features; formed for the fewer of N and C."""
+    """Pull dL/dmu_c = e_c - q_c sum_k e_k, e = p d - b w, back to the features; formed for the fewer of N and C."""
     if share.labels is None or len(share.labels) >= len(rows.w):
-        e_CD = _combine(rows.w, b_C, rows.d, p_C)
+        e_CD = _difference(rows.d, p_C.unsqueeze(1), rows.w, b_C.unsqueeze(1))
         return share.pull_back(e_CD.addr_(q_C, e_CD.sum(0), alpha=-1))
-    sum_D = torch.mv(rows.w.t(), b_C) + torch.mv(rows.d.t(), p_C)
+    sum_D = torch.mv(rows.d.t(), p_C) - torch.mv(rows.w.t(), b_C)
     w_ND, d_ND = rows.w.index_select(0, share.labels), rows.d.index_select(0, share.labels)
     b_N, p_N, q_N = (x_C.index_select(0, share.labels).mul_(share.rate) for x_C in (b_C, p_C, q_C))
-    return _combine(w_ND, b_N, d_ND, p_N).addr_(q_N, sum_D, alpha=-1)
+    return _difference(d_ND, p_N.unsqueeze(1), w_ND, b_N.unsqueeze(1)).addr_(q_N, sum_D, alpha=-1)
 
 
 def alignment_loss_and_grad(
@@ -690,7 +681,7 @@ def alignment_loss_and_grad(
     with torch.no_grad():
         rows = _rows(weight_CD, mean_CD, seen_C, center_D, one_pass=True)
         loss, a_C, b_C, _, _ = _loss_coefficients(rows, seen_C)
-        return loss, _combine_in_one_pass(rows.w, a_C, rows.d, b_C).to(weight_CD.dtype)
+        return loss, _difference(rows.w, _column(a_C), rows.d, _column(b_C)).to(weight_CD.dtype)
 
 
 def cosine_schedule(step: int, total_steps: int, maximum: float) -> float:
@@ -763,7 +754,8 @@ def slerp(
         # Near 0 and pi, rounding leaves the part across not quite across, which would show in the norm.
         cross_C = to_C * (to_C * aa_C + 2.0 * from_C * _dots(rows.w, across_CD)) * rows.inv_w * rows.inv_w
         scale_C = (from_C * from_C + cross_C).rsqrt()
-        new_CD = _combine_in_one_pass(rows.w, from_C * scale_C, across_CD, to_C * scale_C).to(weight_CD.dtype)
+        new_CD = rows.w * _column(from_C * scale_C) + across_CD * _column(to_C * scale_C)
+        new_CD = new_CD.to(weight_CD.dtype)
         return RotatedRows(torch.where(_column(rotate_C), new_CD, weight_CD), rotate_C, antipodal_C)
 
 
@@ -811,10 +803,10 @@ def project_gradient(
         rows = _rows(weight_CD, mean_CD, seen_C, center_D, one_pass=True)
         g_CD = grad_CD.to(rows.w.dtype)
         across_CD, aa_C = _across(rows)
-        defined_C = _row_mask(aa_C * rows.inv_d * rows.inv_d > (16 * torch.finfo(aa_C.dtype).eps) ** 2)
-        p_C = (_dots(g_CD, across_CD) / aa_C).clamp_(min=0.0).masked_fill_(~defined_C, 0.0)
-        projected_CD = g_CD - across_CD * _column((1.0 - gamma) * p_C)
+        undefined_C = _row_mask(aa_C * rows.inv_d * rows.inv_d <= (16 * torch.finfo(aa_C.dtype).eps) ** 2)
+        p_C = (_dots(g_CD, across_CD) / aa_C).clamp_(min=0.0).masked_fill_(undefined_C, 0.0)
+        projected_CD = torch.addcmul(g_CD, across_CD, _column(p_C), value=gamma - 1.0)
         if radial == "paper":
             along_C = (_dots(g_CD, rows.w) * rows.inv_w * rows.inv_w).masked_fill_(~_row_mask(rows.valid), 0.0)
-            projected_CD = projected_CD - rows.w * _column((1.0 - gamma) * along_C)
+            projected_CD = torch.addcmul(projected_CD, rows.w, _column(along_C), value=gamma - 1.0)
         return projected_CD.to(grad_CD.dtype)

@@ -156,18 +156,18 @@ class SpAProj(Optimizer):
         by_rows = distributed.sharded_along(direction, self.classifier.class_dim)
         part = distributed.to_local if by_rows else distributed.full_tensor
         mean_CD, alignable_C, center_D = self.tracker._geometry()
-        alignable_C1 = alignable_C.unsqueeze(1)
         sign = leaves.sign()
         if isinstance(sign, Tensor):
             # A row that points against its leaf is aligned by turning the leaf to the mirror image of the mean.
             mean_CD = center_D + (mean_CD - center_D) * self.classifier.as_rows(sign)
         if by_rows:
-            mean_CD, alignable_C1 = self.classifier.localize(mean_CD), self.classifier.localize(alignable_C1)
+            mean_CD = self.classifier.localize(mean_CD)
+            alignable_C = self.classifier.localize(alignable_C.unsqueeze(1))[:, 0]
         projected_CD = functional.project_gradient(
             self.classifier.as_rows(part(direction.grad)),
             self.classifier.as_rows(part(direction)),
             mean_CD,
-            alignable_C1[:, 0],
+            alignable_C,
             gamma=self.gamma,
             radial=self.radial,
             center_D=center_D,

@@ -1,5 +1,6 @@
 """Running class means of features: the one state that the three strategies share."""
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -15,6 +16,17 @@ from spalign.functional import BatchShare
 __all__ = ["ClassMeanTracker"]
 
 _HALF = (torch.float16, torch.bfloat16)
+_UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+
+
+def _known_finite(features: Tensor) -> bool:
+    """Return whether features can be read on the CPU without a copy and are finite; their squares too, for speed."""
+    if type(features) not in (Tensor, nn.Parameter) or not features.is_cpu or features.dtype in _HALF:
+        return False
+    if not features.is_contiguous():
+        return False
+    flat = features.detach().view(-1)
+    return math.isfinite(torch.dot(flat, flat).numpy())
 
 
 class ClassMeanTracker(nn.Module):
@@ -61,7 +73,6 @@ class ClassMeanTracker(nn.Module):
     mean: Tensor
     weight: Tensor
     mean_sum: Tensor
-    _scratch: Tensor
 
     def __init__(
         self,
@@ -90,7 +101,6 @@ class ClassMeanTracker(nn.Module):
         self.register_buffer("mean", torch.zeros(num_classes, feature_dim, device=device, dtype=torch.float32))
         self.register_buffer("weight", torch.zeros(num_classes, device=device, dtype=torch.float32))
         self.register_buffer("mean_sum", torch.zeros(feature_dim, device=device, dtype=torch.float64))
-        self.register_buffer("_scratch", torch.zeros_like(self.weight), persistent=False)
 
     @classmethod
     def for_classifier(
@@ -159,15 +169,15 @@ class ClassMeanTracker(nn.Module):
         so that averaged gradients equal those of one process (pitfall C3). The result is a copy: later updates do not
         touch it. In evaluation mode the state is returned as it is. Arguments and errors as :meth:`update`.
         """
-        flat_ND, flat_targets, in_range = self._checked(features, targets)
+        flat_ND, flat_targets, clean = self._checked(features, targets)
         if not self.training:
             return self.mean.clone()
-        share = self._absorb(flat_ND, flat_targets, in_range)
+        share = self._absorb(flat_ND, flat_targets, clean)
         return functional.attach_features(self.mean, flat_ND, share)
 
     def reset(self) -> None:
         """Forget every class, in place."""
-        for buffer in (self.mean, self.weight, self.mean_sum, self._scratch):
+        for buffer in (self.mean, self.weight, self.mean_sum):
             buffer.zero_()
 
     def train(self, mode: bool = True) -> Self:
@@ -201,7 +211,7 @@ class ClassMeanTracker(nn.Module):
         center_D = (self.mean_sum / num_seen.clamp(min=1)).to(self.mean.dtype)
         return self.mean, seen_C & (num_seen > 1), center_D
 
-    def _absorb(self, features: Tensor, targets: Tensor, in_range: bool) -> BatchShare:
+    def _absorb(self, features: Tensor, targets: Tensor, clean: bool) -> BatchShare:
         """Take in a batch that passed :meth:`_checked`. Return how far each sample moved the means."""
         ranks = distributed.world_size(self.process_group)
         return functional._absorb_batch_(
@@ -212,8 +222,7 @@ class ClassMeanTracker(nn.Module):
             momentum=self.momentum,
             ignore_index=self.ignore_index,
             mean_sum_D=self.mean_sum,
-            scratch_C=self._scratch,
-            in_range=in_range,
+            clean=clean,
             reduce=None if ranks == 1 else self._reduce,
             feature_scale=ranks,
         )
@@ -226,7 +235,7 @@ class ClassMeanTracker(nn.Module):
 
         Returns:
             features (N, D) and targets (N,) or (N, C), dense predictions flattened; and whether all targets are known
-            to be class indices in [0, C), none of them to be ignored.
+            to be class indices in [0, C), none of them to be ignored, and all features to be finite.
         """
         shape, dim = tuple(features.shape), self.feature_dim
         if features.ndim < 2 or shape[1] != dim:
@@ -245,14 +254,16 @@ class ClassMeanTracker(nn.Module):
                 f"targets have shape {tuple(targets.shape)} and dtype {targets.dtype}, expected {expected} for "
                 f"features of shape {shape}: class indices as integers (N, ...), soft labels as floats (N, C, ...)"
             )
-        self._check_device("features are", features)
-        self._check_device("targets are", targets)
+        device = self.mean.device
+        if features.device != device or targets.device != device:
+            self._check_device("features are", features)
+            self._check_device("targets are", targets)
         readable = type(targets) is Tensor and targets.is_cpu and not torch.compiler.is_compiling()
-        in_range = readable and self._check_values(targets)
+        clean = readable and self._check_values(targets) and _known_finite(features)
         if len(shape) > 2:
             features = features.movedim(1, -1).reshape(-1, dim)
             targets = targets.movedim(1, -1).reshape(-1, self.num_classes) if soft else targets.reshape(-1)
-        return features, targets, in_range
+        return features, targets, clean
 
     def _check_device(self, what: str, tensor: Tensor) -> None:
         if tensor.device != self.mean.device:
@@ -282,7 +293,9 @@ class ClassMeanTracker(nn.Module):
                 raise ValueError(f"soft labels contain {lowest:.6g}, expected weights of at least 0")
             return False
         labels, ignored, c = targets.numpy(), self.ignore_index, self.num_classes
-        if labels.min() >= 0 and labels.max() < c:
+        # Read as unsigned, negative labels are large, so the maximum says it all; argmax is how numpy finds it fastest.
+        unsigned = labels.reshape(-1).view(_UNSIGNED[labels.itemsize])
+        if unsigned[unsigned.argmax()] < c:
             return not 0 <= ignored < c
         wrong = labels[((labels < 0) | (labels >= c)) & (labels != ignored)]
         if wrong.size:

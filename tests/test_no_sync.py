@@ -212,7 +212,7 @@ def test_the_recorder_sees_what_it_is_there_for(sync: Callable[[Tensor], object]
 
 
 def test_the_source_reads_no_tensor_value() -> None:
-    """Methods that copy to the host; ``.numpy()`` is in the one check of labels that are on the CPU already."""
+    """Methods that copy to the host; ``.numpy()`` only reads what is on the CPU already."""
     package = Path(inspect.getfile(sys.modules["spalign"])).parent
     found = []
     core = ("functional", "tracker", "reg", "slerp", "proj", "classifier", "distributed")
