@@ -109,7 +109,7 @@ STAGES = {
             "SLERP 0.2 below 0.9": "--spaslerp --alpha-max 0.2 --threshold 0.9",
             "Proj 0.5, keep": "--spaproj --gamma 0.5 --radial keep",
         },
-        (0, 1, 2),
+        (0, 1),
     ),
 }
 

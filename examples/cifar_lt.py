@@ -4,6 +4,7 @@
     python examples/cifar_lt.py --data-dir DIR --preset small
     python examples/cifar_lt.py --data-dir DIR --preset small --spareg 1.0
     python examples/cifar_lt.py --data-dir DIR --recipe mislas --imbalance 100 --spaslerp --spaproj
+    python examples/cifar_lt.py --data-dir DIR --method glmc --spareg 0.3
 
 DIR holds the unpacked python archive (`cifar-100-python` or `cifar-10-batches-py`); `--download` fetches it.
 The output folder gets `metrics.jsonl` (one record per epoch), `result.json`, `checkpoint.pt` and TensorBoard events.
@@ -21,7 +22,8 @@ from pathlib import Path
 from longtail.alignment import AlignmentOptions
 from longtail.data import ARCHIVES, download
 from longtail.engine import Trainer, TrainingError
-from longtail.recipes import RECIPES, Recipe, get_recipe
+from longtail.methods import METHODS, MethodOptions
+from longtail.recipes import RECIPES, SCHEDULES, Recipe, get_recipe, small_recipe
 from longtail.settings import Settings
 
 
@@ -30,6 +32,9 @@ def build_parser() -> argparse.ArgumentParser:
     defaults = AlignmentOptions()
 
     data = parser.add_argument_group("data")
+    data.add_argument(
+        "--subset-replacement", action="store_true", help="draw images with replacement, as GLMC's code until May 2023"
+    )
     data.add_argument("--dataset", choices=tuple(ARCHIVES), default="cifar100")
     data.add_argument("--data-dir", type=Path, required=True, help="folder of the unpacked python archive")
     data.add_argument("--download", action="store_true", help="fetch the archive into --data-dir if it is not there")
@@ -48,7 +53,9 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument("--no-augment", action="store_true", help="no random crop and flip")
 
     recipe = parser.add_argument_group("recipe", "options left out keep the recipe's value")
-    recipe.add_argument("--recipe", choices=tuple(RECIPES), help="published cross-entropy recipe (default ldam)")
+    recipe.add_argument(
+        "--recipe", choices=tuple(RECIPES), help="published recipe (default: the method's, ldam for ce)"
+    )
     recipe.add_argument("--preset", choices=("small",), help="small: 16 x 16 images, ResNet-14, 40 epochs; for a CPU")
     recipe.add_argument("--depth", type=int, help="6 n + 2 layers")
     recipe.add_argument("--width", type=int, help="1, 2 or 4")
@@ -58,9 +65,33 @@ def build_parser() -> argparse.ArgumentParser:
     recipe.add_argument("--lr", type=float)
     recipe.add_argument("--weight-decay", type=float)
     recipe.add_argument("--warmup-epochs", type=int)
-    recipe.add_argument("--schedule", choices=("step", "cosine"))
+    recipe.add_argument("--schedule", choices=SCHEDULES)
     recipe.add_argument("--mixup", type=float, metavar="ALPHA", help="Beta(ALPHA, ALPHA); 0 for none")
-    recipe.add_argument("--frozen-head", action="store_true", help="never train the classifier, as ETF-DR's CIFAR code")
+
+    method = parser.add_argument_group("method", "what is left out keeps the method's own value")
+    method.add_argument("--method", choices=tuple(METHODS), default="ce", help="baseline (default ce)")
+    method.add_argument(
+        "--frozen-head", action="store_true", help="ce: never train the classifier, as ETF-DR's CIFAR code"
+    )
+    method.add_argument(
+        "--class-counts",
+        choices=("batch", "global", "none"),
+        help="arb (default global; published for CIFAR: batch), etf-dr (default batch): what the loss is balanced by",
+    )
+    method.add_argument("--clamp-logits", type=float, default=0.0, metavar="Z", help="arb: published 30; 0 for none")
+    method.add_argument(
+        "--unadjusted-cutmix", action="store_true", help="glmc: label by lambda where the box was clipped, as published"
+    )
+    method.add_argument("--resample", type=float, metavar="R", help="glmc: loader B draws class c by n_c^(1 - R)")
+    method.add_argument("--label-weighting", type=float, metavar="L", help="glmc: class weights go by n_c^-L")
+    method.add_argument("--contrast", type=float, metavar="K", help="glmc: weight of the agreement term")
+    method.add_argument(
+        "--aligned-head", choices=("rebalanced", "conventional"), default="rebalanced", help="glmc: default %(default)s"
+    )
+    method.add_argument(
+        "--moving-statistics", action="store_true", help="glmc-maxnorm: batch norm adapts, as published"
+    )
+    method.add_argument("--first-stage", type=Path, metavar="DIR", help="glmc-maxnorm: output folder of a GLMC run")
 
     spa = parser.add_argument_group("alignment", "any combination; the hyper-parameters' defaults are ours")
     spa.add_argument("--spareg", type=float, default=0.0, metavar="LAMBDA", help="add SpA-Reg with this weight")
@@ -99,13 +130,17 @@ def settings_from(args: argparse.Namespace) -> Settings:
     """
     if args.preset and args.recipe and args.preset != args.recipe:
         raise ValueError(f"--preset {args.preset} and --recipe {args.recipe} are two recipes: leave one out")
-    name = args.preset or args.recipe or "ldam"
-    recipe = get_recipe(name, args.dataset)
+    name = args.preset or args.recipe or METHODS[args.method].recipe
+    recipe = small_recipe(args.method, args.dataset) if name == "small" else get_recipe(name, args.dataset)
     given = {field.name: getattr(args, field.name, None) for field in fields(Recipe)}
     recipe = replace(recipe, **{key: value for key, value in given.items() if value is not None})
     alignment = AlignmentOptions(**{field.name: getattr(args, field.name) for field in fields(AlignmentOptions)})
-    run_name = "-".join([args.dataset, f"if{args.imbalance:g}", name, "ce", *alignment.names, f"seed{args.seed}"])
+    run_name = "-".join(
+        [args.dataset, f"if{args.imbalance:g}", name, args.method, *alignment.names, f"seed{args.seed}"]
+    )
     return Settings(
+        method=args.method,
+        method_options=MethodOptions(**{field.name: getattr(args, field.name) for field in fields(MethodOptions)}),
         recipe_name=name,
         recipe=recipe,
         data_dir=args.data_dir,
@@ -113,9 +148,9 @@ def settings_from(args: argparse.Namespace) -> Settings:
         dataset=args.dataset,
         imbalance=args.imbalance,
         subset_seed=args.subset_seed,
+        subset_replacement=args.subset_replacement,
         validation=args.validation,
         augment=not args.no_augment,
-        frozen_head=args.frozen_head,
         alignment=alignment,
         seed=args.seed,
         accumulate=args.accumulate,

@@ -5,9 +5,9 @@ Shapes: N images of a batch, R pixels a side, C classes, D feature dimensions.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,14 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Batch:
-    """Augmented images (N, 3, R, R) float32 with class indices (N,) int64 or soft labels (N, C) float32."""
+    """Augmented images (N, 3, R, R) float32 with class indices (N,) int64 or soft labels (N, C) float32.
+
+    Methods that look at every image twice have the other look in `second`, with labels of its own.
+    """
 
     images: Tensor
     targets: Tensor
+    second: Batch | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -28,12 +32,18 @@ class Batch:
         if parts == 1:
             return [self]
         pairs = zip(self.images.chunk(parts), self.targets.chunk(parts), strict=True)
-        return [Batch(images, targets) for images, targets in pairs]
+        split = [Batch(images, targets) for images, targets in pairs]
+        if self.second is None:
+            return split
+        return [replace(one, second=other) for one, other in zip(split, self.second.split(parts), strict=True)]
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one forward pass gives: the mean loss, logits (N, C), features (N, D) and their targets (N,) or (N, C)."""
+    """What one forward pass gives: the mean loss, logits (N, C), features (N, D) and their targets (N,) or (N, C).
+
+    With two looks at every image, logits, features and targets have the rows of both.
+    """
 
     loss: Tensor
     logits: Tensor
@@ -41,30 +51,47 @@ class Step:
     targets: Tensor
 
 
-class Baseline(Protocol):
+class Baseline(ABC):
     """One training method.
 
     Attributes:
         name: for reports.
+        model: everything that is trained and saved.
+        classifier: the head that class means are aligned with; its `weight` is (C, D).
         steps_per_epoch: how many batches `batches` yields.
     """
 
     name: str
+    model: nn.Module
+    classifier: nn.Module
     steps_per_epoch: int
 
-    @property
-    def model(self) -> nn.Module:
-        """Everything that is trained and saved."""
-
-    @property
-    def classifier(self) -> nn.Module:
-        """The head that class means are aligned with: the one used at test time."""
-
+    @abstractmethod
     def batches(self, epoch: int, generator: torch.Generator) -> Iterator[Batch]:
         """Yield the epoch's batches; all randomness comes from the CPU `generator`."""
 
+    @abstractmethod
     def step(self, batch: Batch, epoch: int) -> Step:
-        """Run the model in training mode on a batch or micro-batch."""
+        """Run the model in training mode on a batch or micro-batch of 0-based `epoch`."""
 
+    @abstractmethod
     def predict(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return logits (N, C) and the classifier's features (N, D) of images (N, 3, R, R)."""
+        """Return test-time logits (N, C) and `classifier`'s features (N, D) of images (N, 3, R, R)."""
+
+    def train_mode(self) -> None:
+        """Put the model into training mode."""
+        self.model.train()
+
+    def end_epoch(self) -> None:  # noqa: B027
+        """Act on the model after an epoch of training, before it is evaluated."""
+
+
+def batch_counts(targets: Tensor, num_classes: int) -> Tensor:
+    """Return how often each class occurs in a batch, (C,) float32; of mixed labels, in what they were mixed from.
+
+    Partners are a permutation of the batch, so the columns of the soft labels add up to the counts before mixing.
+    """
+    if targets.ndim == 2:
+        return targets.sum(0, dtype=torch.float32)
+    counts_C = torch.zeros(num_classes, device=targets.device)
+    return counts_C.index_add_(0, targets, torch.ones(len(targets), device=targets.device))

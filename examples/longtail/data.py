@@ -264,7 +264,9 @@ class Split:
     held_out: Labels
 
 
-def choose_images(labels: Labels, counts: Sequence[int], *, seed: int = 0, hold_out: int = 0) -> Split:
+def choose_images(
+    labels: Labels, counts: Sequence[int], *, seed: int = 0, hold_out: int = 0, replacement: bool = False
+) -> Split:
     """Choose each class's images: a seeded shuffle, the first n_c of it, and optionally a hold-out set.
 
     With the official archive and seed 0 this is the subset of the published codes (LDAM-DRW and its descendants:
@@ -273,9 +275,16 @@ def choose_images(labels: Labels, counts: Sequence[int], *, seed: int = 0, hold_
     Up to `hold_out` images per class are held out: first those that the long-tail rule leaves unused, in shuffled
     order, then, only where these are too few, the last of the class's n_c, at most a fifth of them (rounded down).
 
+    With `replacement` the n_c of a class are drawn with replacement from all of its images, so about a quarter of the
+    training set repeats another part of it: how GLMC's published numbers came about until May 2023.
+
     Raises:
-        ValueError: a class has fewer images than wanted.
+        ValueError: a class has fewer images than wanted, or replacement is asked for beside a hold-out set.
     """
+    if replacement and hold_out:
+        raise ValueError(
+            f"--validation {hold_out} holds out unused images, which drawing with replacement does not know"
+        )
     random = np.random.RandomState(seed)
     train, held_out = [], []
     for label, wanted in enumerate(counts):
@@ -285,6 +294,10 @@ def choose_images(labels: Labels, counts: Sequence[int], *, seed: int = 0, hold_
                 f"class {label} should have {wanted} images but the archive has {len(positions)}: it is a subset made "
                 "for a larger imbalance factor. Use a larger --imbalance, or the complete archive."
             )
+        if replacement:
+            train.append(random.choice(positions, wanted, replace=True))
+            held_out.append(positions[:0])
+            continue
         random.shuffle(positions)
         unused = positions[wanted : wanted + hold_out]
         taken = min(hold_out - len(unused), wanted // 5)
@@ -350,6 +363,7 @@ def load_dataset(
     imbalance: float,
     subset_seed: int = 0,
     hold_out: int = 0,
+    replacement: bool = False,
     resolution: int = 32,
 ) -> Dataset:
     """Read the archive in `folder` and choose the long-tailed subset.
@@ -359,7 +373,7 @@ def load_dataset(
     archive = ARCHIVES[dataset]
     counts = long_tail_counts(archive.max_per_class, archive.num_classes, imbalance)
     images, labels = load_train(dataset, folder)
-    split = choose_images(labels, counts, seed=subset_seed, hold_out=hold_out)
+    split = choose_images(labels, counts, seed=subset_seed, hold_out=hold_out, replacement=replacement)
     train_images, train_labels = reduce_resolution(images[split.train], resolution), labels[split.train]
     if hold_out:
         eval_images, eval_labels = images[split.held_out], labels[split.held_out]

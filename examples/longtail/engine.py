@@ -21,10 +21,9 @@ import spalign
 from .alignment import Alignment
 from .augment import ImageSet
 from .baseline import Baseline
-from .ce import CrossEntropy
 from .checkpoint import load_checkpoint, save_checkpoint
 from .data import MEAN, STD, Images, Labels, find_folder, load_dataset
-from .networks import CifarResNet, store_channels_last
+from .methods import build
 from .recipes import Schedule
 from .reporting import Figures, Reporter, accuracy_figures, closing_table, group_means, write_result
 from .settings import Settings, check_same
@@ -68,12 +67,14 @@ class Trainer:
             find_folder(settings.dataset, settings.data_dir),
             imbalance=settings.imbalance,
             subset_seed=settings.subset_seed,
+            replacement=settings.subset_replacement,
             hold_out=settings.validation,
             resolution=recipe.resolution,
         )
         self.train_set = self._image_set(self.data.train_images, self.data.train_labels)
         self.eval_set = self._image_set(self.data.eval_images, self.data.eval_labels, padding=0)
-        self.baseline: Baseline = self._build_baseline()
+        torch.manual_seed(settings.seed)
+        self.baseline: Baseline = build(settings, self.train_set, self.data.counts)
         self.alignment = Alignment(self.baseline.classifier, settings.alignment, epochs=recipe.epochs)
         self.parameters = [parameter for parameter in self.baseline.model.parameters() if parameter.requires_grad]
         sgd = torch.optim.SGD(
@@ -110,23 +111,6 @@ class Trainer:
             torch.from_numpy(images), torch.from_numpy(labels), device=self.device, mean=MEAN, std=STD, padding=padding
         )
 
-    def _build_baseline(self) -> Baseline:
-        settings, recipe = self.settings, self.settings.recipe
-        torch.manual_seed(settings.seed)
-        model = CifarResNet(self.data.num_classes, depth=recipe.depth, width=recipe.width).to(self.device)
-        if recipe.channels_last:
-            store_channels_last(model)
-        if settings.compile:
-            model.backbone.compile()
-        return CrossEntropy(
-            model,
-            self.train_set,
-            batch_size=recipe.batch_size,
-            augment=settings.augment,
-            mixup=recipe.mixup,
-            frozen_head=settings.frozen_head,
-        )
-
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.amp_dtype is None:
             return contextlib.nullcontext()
@@ -159,6 +143,7 @@ class Trainer:
         start = time.perf_counter()
         record: dict[str, Any] = {"epoch": self.epoch + 1, **self._train_epoch()}
         self.alignment.end_epoch()
+        self.baseline.end_epoch()
         correct_C, count_C = self._evaluate(self.eval_set)
         record["accuracy"] = accuracy_figures(correct_C, count_C, self.data.groups)
         record["alignment"] = self._alignment_figures()
@@ -176,13 +161,13 @@ class Trainer:
 
     def _train_epoch(self) -> dict[str, float | None]:
         settings, baseline, alignment = self.settings, self.baseline, self.alignment
-        model, optimizer, scaler = baseline.model, self.optimizer, self.scaler
-        model.train()
+        optimizer, scaler = self.optimizer, self.scaler
+        baseline.train_mode()
         steps = baseline.steps_per_epoch
         # Sums over the epoch stay on the device: reading one would wait for it.
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         penalty_sum, correct = torch.zeros_like(loss_sum), torch.zeros((), dtype=torch.int64, device=self.device)
-        images, lr = 0, 0.0
+        images, predictions, lr = 0, 0, 0.0
         batches = self.reporter.steps(baseline.batches(self.epoch, self.generator), steps, self.epoch)
         for step, batch in enumerate(batches):
             lr = self.schedule(self.epoch, step, steps)
@@ -203,6 +188,7 @@ class Trainer:
                 targets_N = out.targets if out.targets.ndim == 1 else out.targets.argmax(dim=1)
                 correct += (out.logits.detach().argmax(dim=1) == targets_N).sum()
                 images += len(part)
+                predictions += len(targets_N)
             if settings.clip_norm:
                 scaler.unscale_(optimizer)
                 torch.nn.utils.clip_grad_norm_(self.parameters, settings.clip_norm)
@@ -220,7 +206,7 @@ class Trainer:
             "lr": lr,
             "loss": loss_mean,
             "spareg": penalty_mean if alignment.spareg is not None else None,
-            "train_accuracy": round(100 * int(correct) / images, 6),
+            "train_accuracy": round(100 * int(correct) / predictions, 6),
         }
 
     @torch.no_grad()

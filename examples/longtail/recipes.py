@@ -15,7 +15,7 @@ class Recipe:
         resolution: side of the images in pixels; the originals have 32.
         epochs, batch_size, lr, sgd_momentum, weight_decay: of SGD without Nesterov momentum.
         warmup_epochs: epochs of linear warm-up.
-        schedule: `step` or `cosine`, see `Schedule`.
+        schedule: `step`, `cosine` or `epoch-cosine`, see `Schedule`.
         milestones: for `step`: (epochs done, factor) at 200 epochs; other lengths scale them in proportion.
         mixup: parameter alpha of Beta(alpha, alpha); 0 for none.
         channels_last: memory layout of the convolutions; changes speed and rounding, not the mathematics.
@@ -36,6 +36,8 @@ class Recipe:
     channels_last: bool = False
 
 
+SCHEDULES = ("step", "cosine", "epoch-cosine")
+
 RECIPES = {
     # LDAM-DRW, its ERM baseline: plain cross-entropy, two drops by a factor of 100.
     "ldam": Recipe(milestones=((160, 0.01), (180, 0.0001))),
@@ -46,6 +48,12 @@ RECIPES = {
     "etfdr": Recipe(mixup=1.0),
     # The ARB repository's cross-entropy: no mixup, and a second drop at epoch 240 of 200, which never comes.
     "arb": Recipe(milestones=((160, 0.1), (240, 0.01))),
+    # GLMC, both CIFAR sets: four times as wide, no warm-up, strong weight decay.
+    "glmc": Recipe(width=4, batch_size=64, lr=0.01, weight_decay=5e-3, warmup_epochs=0, schedule="epoch-cosine"),
+    # MaxNorm's second stage, on GLMC's network.
+    "maxnorm": Recipe(
+        width=4, epochs=10, batch_size=64, lr=0.01, weight_decay=0.1, warmup_epochs=0, schedule="epoch-cosine"
+    ),
     # Real images, small: a few minutes on one CPU core. Ours, not published.
     "small": Recipe(
         depth=14,
@@ -67,13 +75,28 @@ def get_recipe(name: str, dataset: str) -> Recipe:
     return replace(recipe, width=2) if (name, dataset) == ("etfdr", "cifar100") else recipe
 
 
+def small_recipe(method: str, dataset: str) -> Recipe:
+    """Return the small preset for a method: its own batches and head, otherwise the same for all.
+
+    ETF-DR keeps mixup and, for a simplex of 100 vertices, the double width; MaxNorm keeps its published second stage.
+    """
+    small = RECIPES["small"]
+    if method == "etf-dr":
+        return replace(small, mixup=1.0, width=2 if dataset == "cifar100" else 1)
+    if method == "glmc-maxnorm":
+        stage = RECIPES["maxnorm"]
+        return replace(stage, depth=small.depth, width=small.width, resolution=small.resolution, channels_last=True)
+    return small
+
+
 @dataclass(frozen=True)
 class Schedule:
     """The learning rate as a function of epoch and step.
 
     `step`: constant within an epoch; epoch e = 1, 2, ... of the warm-up uses lr * e / warmup_epochs, and the factor of
     a milestone applies after that many epochs. `cosine`: changes with every step; linear from 0 during the warm-up,
-    then half a cosine down to 0 at the end.
+    then half a cosine down to 0 at the end. `epoch-cosine`: the same half cosine, constant within an epoch, from lr in
+    the first one; no warm-up.
     """
 
     lr: float
@@ -92,6 +115,8 @@ class Schedule:
                 if epoch * 200 >= after * self.epochs:
                     factor = value
             return self.lr * factor
+        if self.kind == "epoch-cosine":
+            return self.lr * 0.5 * (1 + math.cos(math.pi * epoch / self.epochs))
         done = epoch + (step + 1) / steps_per_epoch
         if done <= self.warmup_epochs:
             return self.lr * done / self.warmup_epochs

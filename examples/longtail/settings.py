@@ -12,7 +12,8 @@ import torch
 
 from .alignment import AlignmentOptions
 from .data import ARCHIVES
-from .recipes import Recipe
+from .methods import METHODS, MethodOptions, check_options
+from .recipes import SCHEDULES, Recipe
 
 WHERE_AND_HOW = (
     "data_dir",
@@ -32,13 +33,15 @@ class Settings:
     """One run. `WHERE_AND_HOW` names the fields that say where and how it is done; the others decide its outcome.
 
     Attributes:
+        method: one of `METHODS`.
         dataset: `cifar10` or `cifar100`.
         imbalance: size of the largest class over the smallest.
         subset_seed: of the choice of images.
+        subset_replacement: draw them with replacement, as GLMC's code did until May 2023.
         validation: evaluate on up to this many held-out training images per class; 0: on the test set.
         recipe_name, recipe: network, optimizer, schedule.
         augment: random crop and flip.
-        frozen_head: never train the classifier.
+        method_options: of the method.
         alignment: the three strategies.
         seed: of initial weights, order and augmentation; runs with equal seeds are paired.
         accumulate: micro-batches per optimizer step.
@@ -58,12 +61,14 @@ class Settings:
     recipe: Recipe
     data_dir: Path
     output_dir: Path
+    method: str = "ce"
     dataset: str = "cifar100"
     imbalance: float = 100.0
     subset_seed: int = 0
+    subset_replacement: bool = False
     validation: int = 0
     augment: bool = True
-    frozen_head: bool = False
+    method_options: MethodOptions = field(default_factory=MethodOptions)
     alignment: AlignmentOptions = field(default_factory=AlignmentOptions)
     seed: int = 0
     accumulate: int = 1
@@ -89,7 +94,7 @@ class Settings:
         _check("batch-size", recipe.batch_size, recipe.batch_size >= 2, "2 or more, for batch normalisation")
         _check("lr", recipe.lr, 0 < recipe.lr < math.inf, "more than 0")
         _check("weight-decay", recipe.weight_decay, 0 <= recipe.weight_decay < math.inf, "0 or more")
-        _check("schedule", recipe.schedule, recipe.schedule in ("step", "cosine"), "step or cosine")
+        _check("schedule", recipe.schedule, recipe.schedule in SCHEDULES, ", ".join(SCHEDULES))
         _check(
             "warmup-epochs",
             recipe.warmup_epochs,
@@ -112,14 +117,22 @@ class Settings:
         _check("gamma", alignment.gamma, 0 <= alignment.gamma <= 1, "0 .. 1")
         _check("radial", alignment.radial, alignment.radial in ("paper", "keep"), "paper or keep")
         _check("momentum", alignment.momentum, 0 < alignment.momentum <= 1, "more than 0, at most 1")
-        if self.frozen_head:
+        check_options(self.method, self.method_options)
+        options = self.method_options
+        for name in ("resample", "label_weighting", "contrast", "clamp_logits"):
+            value = getattr(options, name)
+            good = value is None or 0 <= value < math.inf
+            _check(name.replace("_", "-"), value, good, "0 or more")
+        fixed = "--frozen-head fixes the classifier" if options.frozen_head else METHODS[self.method].fixed_head
+        if fixed:
             if alignment.spaslerp or alignment.spaproj:
                 raise ValueError(
-                    "--spaslerp and --spaproj act on the classifier, which --frozen-head fixes: leave one out"
+                    f"--spaslerp and --spaproj turn the classifier, but {fixed}: use --spareg, which then pulls the "
+                    "features"
                 )
             if alignment.spareg and alignment.spareg_align == "classifier":
                 raise ValueError(
-                    "--spareg-align classifier has nothing to pull with --frozen-head: use --spareg-align features"
+                    f"--spareg-align classifier has nothing to pull, because {fixed}: use --spareg-align features"
                 )
         if self.resume and self.overwrite:
             raise ValueError("--resume continues a run and --overwrite removes it: leave one out")
@@ -129,10 +142,11 @@ class Settings:
         options = asdict(self)
         for name in WHERE_AND_HOW:
             del options[name]
-        recipe, alignment = options.pop("recipe"), options.pop("alignment")
+        recipe, alignment, method = options.pop("recipe"), options.pop("alignment"), options.pop("method_options")
+        method["first_stage"] = None if method["first_stage"] is None else str(method["first_stage"])
         recipe["milestones"] = [list(milestone) for milestone in recipe["milestones"]]
         options["recipe"] = options.pop("recipe_name")
-        return {name.replace("_", "-"): value for name, value in {**options, **recipe, **alignment}.items()}
+        return {name.replace("_", "-"): value for name, value in {**options, **recipe, **alignment, **method}.items()}
 
     def torch_device(self) -> torch.device:
         """Return the device to use.

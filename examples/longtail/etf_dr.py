@@ -1,0 +1,145 @@
+"""Baseline ETF-DR: a fixed simplex as classifier, and a loss that only pulls features towards their vertex.
+
+Shapes: N images of a batch, C classes, D feature dimensions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .baseline import Baseline, Batch, Step, batch_counts
+from .batches import ImageBatches
+from .networks import Backbone
+
+
+def simplex_etf(num_classes: int, dim: int) -> Tensor:
+    """Return a simplex equiangular tight frame in a random position, from PyTorch's global generator.
+
+    `sqrt(C / (C - 1)) (I - 11'/C) U` with U of orthonormal rows within the simplex's span (Eq. 1 of Space Alignment
+    Matters with its 1/(C - 1) corrected to 1/C), so C - 1 dimensions are enough.
+
+    Returns:
+        (C, D) float32: unit rows, every pair at the cosine -1 / (C - 1).
+
+    Raises:
+        ValueError: D < C - 1, where there is no such frame.
+    """
+    if num_classes < 2 or dim < num_classes - 1:
+        raise ValueError(
+            f"no simplex of {num_classes} classes fits into {dim} feature dimensions; it takes at least "
+            f"{max(num_classes - 1, 1)} and two classes: use a wider network (--width 2 has 128)"
+        )
+    centring = torch.eye(num_classes, dtype=torch.float64) - 1.0 / num_classes
+    # The eigenvectors of the centring matrix without that of the eigenvalue 0, which comes first.
+    basis = torch.linalg.eigh(centring).eigenvectors[:, 1:]
+    rotation = torch.linalg.qr(torch.randn(dim, num_classes - 1, dtype=torch.float64)).Q
+    etf_CD: Tensor = math.sqrt(num_classes / (num_classes - 1)) * basis @ rotation.t()
+    return etf_CD.to(torch.float32)
+
+
+def dot_regression(features_ND: Tensor, etf_CD: Tensor, targets: Tensor, energy_C: Tensor) -> Tensor:
+    """Return the dot-regression loss `1/(2N) sum_i E_y (<m_y, h_i> - |h_i|)^2 / |h_i|`, |h_i| taken as a constant.
+
+    Args:
+        features_ND: (N, D) float.
+        etf_CD: (C, D) unit rows m_c.
+        targets: (N,) class indices or (N, C) soft labels, over which the loss is averaged.
+        energy_C: (C,) squared lengths of the classifier's vectors, E_W by class.
+    """
+    norm_N1 = features_ND.detach().norm(dim=1, keepdim=True).clamp(min=1e-8)
+    loss_NC = 0.5 * energy_C * (features_ND @ etf_CD.t() - norm_N1).square() / norm_N1
+    if targets.ndim == 1:
+        loss_NC = loss_NC.gather(1, targets[:, None])
+    else:
+        loss_NC = loss_NC * targets
+    loss: Tensor = loss_NC.sum() / len(targets)
+    return loss
+
+
+class EtfHead(nn.Module):
+    """Batch normalisation, unit length, and a fixed simplex: the logits are cosines.
+
+    The simplex is a buffer, so a checkpoint carries it.
+    """
+
+    weight: Tensor
+
+    def __init__(self, num_classes: int, dim: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(dim)
+        self.register_buffer("weight", simplex_etf(num_classes, dim))
+
+    def embed(self, features_ND: Tensor) -> Tensor:
+        """Return unit vectors (N, D), the space that the simplex lies in."""
+        return F.normalize(self.norm(features_ND), eps=1e-8)
+
+    def forward(self, embedded_ND: Tensor) -> Tensor:
+        """Return the cosines (N, C) of embedded features."""
+        return F.linear(embedded_ND, self.weight)
+
+
+class EtfNet(nn.Module):
+    """A backbone and an `EtfHead`."""
+
+    def __init__(self, num_classes: int, *, depth: int, width: int) -> None:
+        super().__init__()
+        self.backbone = Backbone(depth, width)
+        self.classifier = EtfHead(num_classes, self.backbone.feature_dim)
+        for module in self.backbone.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight)
+
+
+class EtfDotRegression(Baseline):
+    """ETF-DR training of a CIFAR ResNet. Class means are of the unit vectors that the simplex is compared with.
+
+    Args:
+        model: the network, on the device of the images.
+        images: the training batches.
+        counts: what E_W balances: `"batch"`, classes within each batch, as published code does; training images per
+            class; or None for E_W = 1, the printed loss.
+    """
+
+    name = "etf-dr"
+
+    def __init__(self, model: EtfNet, images: ImageBatches, *, counts: Sequence[int] | str | None = "batch") -> None:
+        self.model: EtfNet = model
+        self.classifier: EtfHead = model.classifier
+        self.images = images
+        self.steps_per_epoch = len(images)
+        self.num_classes = len(model.classifier.weight)
+        self.balance_batch = counts == "batch"
+        device = images.images.device
+        self.energy_C = torch.ones(self.num_classes, device=device)
+        if not (counts is None or isinstance(counts, str)):
+            counts_C = torch.tensor(counts, dtype=torch.float32, device=device)
+            self.energy_C = counts_C.mean() / counts_C  # 1 on average over the images
+
+    def batches(self, epoch: int, generator: torch.Generator) -> Iterator[Batch]:
+        return self.images.draw(generator)
+
+    def energy(self, targets: Tensor) -> Tensor:
+        """Return E_W by class, (C,): for a balanced batch N / (classes present * n_c)."""
+        if not self.balance_batch:
+            return self.energy_C
+        counts_C = batch_counts(targets, self.num_classes)
+        present_C = (counts_C > 0).float()
+        return present_C * len(targets) / (present_C.sum() * counts_C.clamp(min=torch.finfo(torch.float32).tiny))
+
+    def step(self, batch: Batch, epoch: int) -> Step:
+        logits_NC, embedded_ND = self.predict(batch.images)
+        # Squares of small differences: not a matter for half precision.
+        with torch.autocast(embedded_ND.device.type, enabled=False):
+            loss = dot_regression(
+                embedded_ND.float(), self.classifier.weight, batch.targets, self.energy(batch.targets)
+            )
+        return Step(loss, logits_NC, embedded_ND, batch.targets)
+
+    def predict(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        embedded_ND = self.classifier.embed(self.model.backbone(images))
+        return self.classifier(embedded_ND), embedded_ND
