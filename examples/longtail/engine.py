@@ -6,6 +6,7 @@ Shapes: N images of a batch, C classes.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import platform
 import subprocess
 import time
@@ -308,6 +309,7 @@ class Trainer:
             "alignment": record["alignment"],
             "alignment_exact": record["alignment_exact"],
             "seconds": round(self.seconds, 3),
+            "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "options": self.outcome,
             "counts": list(self.data.counts),
             "data_fingerprint": self.data.fingerprint,

@@ -53,11 +53,8 @@ def dot_regression(features_ND: Tensor, etf_CD: Tensor, targets: Tensor, energy_
     """
     norm_N1 = features_ND.detach().norm(dim=1, keepdim=True).clamp(min=1e-8)
     loss_NC = 0.5 * energy_C * (features_ND @ etf_CD.t() - norm_N1).square() / norm_N1
-    if targets.ndim == 1:
-        loss_NC = loss_NC.gather(1, targets[:, None])
-    else:
-        loss_NC = loss_NC * targets
-    loss: Tensor = loss_NC.sum() / len(targets)
+    chosen = loss_NC.gather(1, targets[:, None]) if targets.ndim == 1 else loss_NC * targets
+    loss: Tensor = chosen.sum() / len(targets)
     return loss
 
 

@@ -39,7 +39,7 @@ Options = Callable[..., list[str]]
         ("--threshold 2", "--threshold is 2.0"),
         ("--gamma -0.1", "--gamma is -0.1"),
         ("--momentum 0", "--momentum is 0.0"),
-        ("--frozen-head --spaslerp", "leave one out"),
+        ("--frozen-head --spaslerp", "--frozen-head fixes the classifier"),
         ("--frozen-head --spareg 1 --spareg-align classifier", "--spareg-align features"),
         ("--recipe ldam", "two recipes"),
         ("--resume --overwrite", "leave one out"),

@@ -1,0 +1,194 @@
+"""Runs cells of the grid, here or as tasks of a Ray cluster."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .grid import Cell, Record, Records, record_of
+
+SCRIPT = Path(__file__).resolve().parent.parent / "cifar_lt.py"
+
+
+@dataclass(frozen=True)
+class Job:
+    """How every cell is run.
+
+    Attributes:
+        data_dir: where the archives are.
+        work_dir: one folder per run; a run that was cut off resumes from its own.
+        extra: further options of `cifar_lt.py`, for all runs alike.
+        attempts: how often a run may die before it is given up.
+    """
+
+    data_dir: Path
+    work_dir: Path
+    extra: tuple[str, ...] = ()
+    attempts: int = 2
+
+    def command(self, cell: Cell) -> list[str]:
+        where = ["--data-dir", str(self.data_dir), "--output-dir", str(self.work_dir / cell.name)]
+        how = ["--resume", "--quiet", "--no-tensorboard"]
+        return [sys.executable, str(SCRIPT), *cell.options(self.work_dir), *where, *how, *self.extra]
+
+
+def run_cell(cell: Cell, job: Job) -> Record:
+    """Train one cell, again if it dies, and return its record: of a failure, one with `failed`."""
+    folder = job.work_dir / cell.name
+    (folder / "result.json").unlink(missing_ok=True)
+    error, attempts = "", 0
+    while attempts < job.attempts:
+        attempts += 1
+        done = subprocess.run(job.command(cell), stderr=subprocess.PIPE, text=True, check=False)
+        if done.returncode == 0 and (folder / "result.json").exists():
+            return record_of(cell, json.loads((folder / "result.json").read_text()))
+        lines = done.stderr.strip().splitlines()
+        error = f"exit code {done.returncode}: {lines[-1] if lines else 'no message'}"
+        if done.returncode == 2:  # a bad option or file stays bad
+            break
+    return {**vars(cell), "failed": error, "attempts": attempts}
+
+
+class Local:
+    """Runs cells on this machine, `jobs` at a time; several may share a GPU."""
+
+    def __init__(self, job: Job, jobs: int) -> None:
+        self.job, self.slots = job, jobs
+        self.pool = ThreadPoolExecutor(jobs)
+        self.running: dict[Future[Record], Cell] = {}
+
+    def start(self, cell: Cell) -> None:
+        self.running[self.pool.submit(run_cell, cell, self.job)] = cell
+
+    def finished(self) -> Iterator[tuple[Cell, Record]]:
+        """Wait for at least one run to end, and yield those that have."""
+        for future in wait(self.running, return_when=FIRST_COMPLETED).done:
+            yield self.running.pop(future), future.result()
+
+    def close(self) -> None:
+        self.pool.shutdown(cancel_futures=True)
+
+
+class Ray:
+    """Runs cells as Ray tasks. A task whose worker or machine dies is run again, and resumes from its checkpoint.
+
+    Args:
+        job: `data_dir` and `work_dir` must be the same place for every machine.
+        jobs: how many tasks to have under way.
+        gpus: of each task, may be a fraction; 0 for none.
+        address: of the cluster; None starts one on this machine.
+    """
+
+    def __init__(self, job: Job, jobs: int, *, gpus: float = 0.0, address: str | None = None) -> None:
+        try:
+            import ray
+        except ImportError as error:
+            raise ValueError("--engine ray needs Ray: pip install 'spalign[ray]', or use --engine local") from error
+        self.ray: Any = ray
+        self.job, self.slots = job, jobs
+        ray.init(
+            address=address,
+            num_cpus=None if address else jobs,
+            include_dashboard=False,
+            runtime_env={"env_vars": {"PYTHONPATH": str(SCRIPT.parent)}},
+        )
+        self.task = ray.remote(run_cell).options(num_cpus=1, num_gpus=gpus, max_retries=job.attempts)
+        self.running: dict[Any, Cell] = {}
+
+    def start(self, cell: Cell) -> None:
+        self.running[self.task.remote(cell, self.job)] = cell
+
+    def finished(self) -> Iterator[tuple[Cell, Record]]:
+        """Wait for at least one run to end, and yield those that have."""
+        ready, _ = self.ray.wait(list(self.running), num_returns=1)
+        for reference in ready:
+            cell = self.running.pop(reference)
+            try:
+                yield cell, self.ray.get(reference)
+            except self.ray.exceptions.RayError as error:
+                reason = str(error).strip().splitlines()[0]
+                yield cell, {**vars(cell), "failed": f"Ray: {reason}", "attempts": self.job.attempts + 1}
+
+    def close(self) -> None:
+        self.ray.shutdown()
+
+
+@dataclass
+class Progress:
+    """What one call has done.
+
+    Attributes:
+        finished, failed: cells by outcome.
+        left: cells not run, because the budget ended or what they start from is missing.
+    """
+
+    finished: list[Cell] = field(default_factory=list)
+    failed: list[Cell] = field(default_factory=list)
+    left: list[Cell] = field(default_factory=list)
+
+
+def run_grid(
+    cells: Sequence[Cell],
+    records: Records,
+    engine: Local | Ray,
+    *,
+    budget_s: float | None = None,
+    note: Callable[[str], None] = print,
+) -> Progress:
+    """Run all cells that have no record yet, in their order.
+
+    A run is not started when its likely length, that of the longest run of its method so far, would pass the budget;
+    runs under way are finished.
+    """
+    begin, progress = time.monotonic(), Progress()
+    done = records.done()
+    todo = [cell for cell in cells if cell.name not in done]
+    note(f"{len(cells) - len(todo)} of {len(cells)} runs are done already, {len(todo)} to go")
+    lengths: dict[tuple[str, str], float] = {}
+    for record in records.read():
+        if "failed" not in record:
+            key = (record["method"], record["preset"])
+            lengths[key] = max(lengths.get(key, 0.0), float(record["seconds"]))
+
+    def ready(cell: Cell) -> bool:
+        stage = cell.first_stage()
+        return stage is None or stage.name in done
+
+    def in_budget(cell: Cell) -> bool:
+        likely = lengths.get((cell.method, cell.preset), 0.0)
+        return budget_s is None or time.monotonic() - begin + likely < budget_s
+
+    try:
+        while True:
+            for cell in [cell for cell in todo if ready(cell) and in_budget(cell)]:
+                if len(engine.running) >= engine.slots:
+                    break
+                todo.remove(cell)
+                engine.start(cell)
+            if not engine.running:
+                break
+            for cell, record in engine.finished():
+                records.add(record)
+                if "failed" in record:
+                    progress.failed.append(cell)
+                    note(f"FAILED {cell.name}: {record['failed']} (attempts: {record['attempts']})")
+                    continue
+                done.add(cell.name)
+                progress.finished.append(cell)
+                key = (cell.method, cell.preset)
+                lengths[key] = max(lengths.get(key, 0.0), float(record["seconds"]))
+                note(
+                    f"{cell.name}: {record['accuracy_last']['balanced']:.2f} %, alignment "
+                    f"{record['alignment']['all']:.3f}, {record['seconds']:.0f} s; {len(todo)} to go"
+                )
+    finally:
+        engine.close()
+    progress.left = todo
+    return progress

@@ -1,0 +1,127 @@
+#!/usr/bin/env python3
+"""Run Table 1 of Space Alignment Matters, and print it beside the paper's.
+
+    python examples/reproduce.py --data-dir DIR --preset small
+    python examples/reproduce.py --data-dir DIR --jobs 4 --budget 9m
+    python examples/reproduce.py report --preset small
+
+14 methods (CE and ARB and GLMC each plain and with three strategies, ETF-DR plain and with SpA-Reg) on long-tailed
+CIFAR-10 and CIFAR-100 at imbalance 200, 100 and 50 with three seeds: 252 runs, and GLMC+MaxNorm beside them. The preset
+`small` trains CIFAR-100 at 100 in reduced size on a CPU. DIR holds the unpacked python archives, which
+`cifar_lt.py --download` fetches.
+
+Every finished run is one line of the records file and is never repeated. Interrupt it whenever you like: the next call
+goes on, in the middle of a run from its last epoch. Exit code 1 means that a run failed, 2 a bad option or file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from longtail.data import find_folder
+from longtail.grid import FAMILIES, PRESETS, SEEDS, SETTINGS, STRATEGIES, Records, cells
+from longtail.runner import Job, Local, Ray, run_grid
+from longtail.table import draw, markdown
+
+RECORDS = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "table1.jsonl"
+
+
+def duration(text: str) -> float:
+    """Return the seconds of `90s`, `9m` or `1.5h`."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no duration; write 90s, 9m or 1.5h")
+    return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", nargs="?", choices=("run", "report"), default="run")
+    parser.add_argument("--preset", choices=PRESETS, default="full", help="full: published recipes (default)")
+    parser.add_argument("--records", type=Path, default=RECORDS, help="default benchmarks/results/table1.jsonl")
+
+    which = parser.add_argument_group("which runs", "all by default; the order is by what is worth most")
+    which.add_argument("--datasets", nargs="+", choices=("cifar10", "cifar100"), metavar="NAME")
+    which.add_argument("--imbalances", nargs="+", type=int, choices=(200, 100, 50), metavar="IF")
+    which.add_argument("--methods", nargs="+", choices=tuple(FAMILIES), metavar="NAME", help=", ".join(FAMILIES))
+    which.add_argument("--aligns", nargs="+", choices=tuple(STRATEGIES), metavar="NAME", help=", ".join(STRATEGIES))
+    which.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), help="default 0 1 2")
+
+    how = parser.add_argument_group("how")
+    how.add_argument("--data-dir", type=Path, default=Path("data"), help="folder of the archives (default data)")
+    how.add_argument("--work-dir", type=Path, default=Path("runs") / "table1", help="default runs/table1")
+    how.add_argument("--jobs", type=int, default=1, help="runs at a time; several may share a GPU (default 1)")
+    how.add_argument("--budget", type=duration, metavar="TIME", help="start no run that would end later: 90s, 9m, 2h")
+    how.add_argument("--attempts", type=int, default=2, help="how often a run may die (default %(default)s)")
+    how.add_argument("--engine", choices=("local", "ray"), default="local", help="ray: beyond one machine")
+    how.add_argument("--ray-address", help="of a running cluster; default: one on this machine")
+    how.add_argument("--gpus-per-run", type=float, default=0.0, help="ray: may be a fraction (default 0)")
+    how.add_argument("--options", default="", help="further options of cifar_lt.py for every run, in quotes")
+
+    report = parser.add_argument_group("report")
+    report.add_argument("--figure", type=Path, help="also draw the gains, .svg or .png")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.jobs < 1 or args.attempts < 1:
+        raise ValueError(f"--jobs is {args.jobs} and --attempts {args.attempts}; expected 1 or more")
+    if args.gpus_per_run < 0:
+        raise ValueError(f"--gpus-per-run is {args.gpus_per_run}; expected 0 or more")
+    settings = [
+        (dataset, imbalance)
+        for dataset, imbalance in SETTINGS
+        if dataset in (args.datasets or (dataset,)) and imbalance in (args.imbalances or (imbalance,))
+    ]
+    if args.preset == "small" and not (args.datasets or args.imbalances):
+        settings = settings[:1]
+    chosen = cells(
+        preset=args.preset,
+        settings=settings,
+        methods=args.methods or tuple(FAMILIES),
+        aligns=args.aligns or tuple(STRATEGIES),
+        seeds=args.seeds,
+    )
+    for dataset in {cell.dataset for cell in chosen}:
+        find_folder(dataset, args.data_dir)
+    records = Records(args.records)
+    records.read()
+    job = Job(args.data_dir.resolve(), args.work_dir.resolve(), tuple(args.options.split()), args.attempts)
+    engine: Local | Ray
+    if args.engine == "ray":
+        engine = Ray(job, args.jobs, gpus=args.gpus_per_run, address=args.ray_address)
+    else:
+        engine = Local(job, args.jobs)
+    progress = run_grid(chosen, records, engine, budget_s=args.budget, note=lambda text: print(text, flush=True))
+    print(
+        f"finished {len(progress.finished)}, failed {len(progress.failed)}, left {len(progress.left)}; "
+        f"see: python examples/reproduce.py report --preset {args.preset}"
+    )
+    return 1 if progress.failed else 0
+
+
+def report(args: argparse.Namespace) -> int:
+    records = Records(args.records).read()
+    print(markdown(records, args.preset), end="")
+    if args.figure is not None:
+        draw(records, args.preset, args.figure)
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` and return the exit code."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    try:
+        return report(args) if args.command == "report" else run(args)
+    except (ValueError, OSError) as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
