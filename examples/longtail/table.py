@@ -6,6 +6,7 @@ Accuracies are in percent and balanced over classes, which on CIFAR's test set i
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ class Spread:
         """Return the half width of Student's confidence interval of the mean."""
         if self.deviation is None:
             return None
-        return float(student_t.ppf(0.5 + level / 2, self.count - 1)) * self.deviation / self.count**0.5
+        return float(student_t.ppf(0.5 + level / 2, self.count - 1)) * self.deviation / math.sqrt(self.count)
 
     def text(self, form: str = ".1f") -> str:
         deviation = "" if self.deviation is None else f" ± {self.deviation:{form}}"
