@@ -111,6 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off", help="mixed precision (default off)")
     run.add_argument("--channels-last", action=argparse.BooleanOptionalAction, help="memory layout of the network")
     run.add_argument("--compile", action="store_true", help="compile the network with torch.compile")
+    run.add_argument("--capture", action="store_true", help="replay the training step as a CUDA graph")
     run.add_argument("--clip-norm", type=float, default=0.0, metavar="NORM", help="clip gradients to this norm")
     run.add_argument("--accumulate", type=int, default=1, metavar="K", help="split each batch into K micro-batches")
     run.add_argument("--output-dir", type=Path, help="default runs/NAME, named after dataset, recipe and strategies")
@@ -157,6 +158,7 @@ def settings_from(args: argparse.Namespace) -> Settings:
         clip_norm=args.clip_norm,
         amp=args.amp,
         compile=args.compile,
+        capture=args.capture,
         device=args.device,
         threads=args.threads,
         resume=args.resume,

@@ -100,14 +100,14 @@ class ImageSet:
         return self.crops(index_B, corner_B, corner_B, torch.zeros_like(index_B, dtype=torch.bool))
 
 
-def mix(images_B3RR: Tensor, targets_BC: Tensor, partner_B: Tensor, share: float) -> tuple[Tensor, Tensor]:
+def mix(images_B3RR: Tensor, targets_BC: Tensor, partner_B: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
     """Mixup: `share` of each image and target plus 1 - `share` of its partner's.
 
     Args:
         images_B3RR: (B, 3, R, R) float.
         targets_BC: (B, C) float, one-hot.
         partner_B: (B,) int64, a permutation of the batch.
-        share: in 0 .. 1.
+        share: one float32 in 0 .. 1.
     """
     images = torch.lerp(images_B3RR[partner_B], images_B3RR, share)
     return images, torch.lerp(targets_BC[partner_B], targets_BC, share)

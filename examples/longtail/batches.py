@@ -5,15 +5,13 @@ Shapes: N images of a batch, R pixels a side, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .augment import ImageSet, draw_epoch, mix
-from .baseline import Batch
+from .baseline import Batch, Draws
 
 
 class ImageBatches:
@@ -36,33 +34,30 @@ class ImageBatches:
         self.augment = augment
         self.mixup = mixup
 
-    def __len__(self) -> int:
-        return -(-len(self.images) // self.batch_size)
+    def draw(self, generator: torch.Generator) -> Draws:
+        draws = draw_epoch(len(self.images), self.images.padding, generator, self.images.device)
+        return {**vars(draws), **(self._draw_mixup(generator) if self.mixup else {})}
 
-    def draw(self, generator: torch.Generator) -> Iterator[Batch]:
-        """Yield an epoch's batches; with mixup, soft labels (N, C)."""
-        images = self.images
-        draws = draw_epoch(len(images), images.padding, generator, images.device)
+    def batch(self, draws: Draws, positions_N: Tensor, step: Tensor) -> Batch:
+        """Return images (N, 3, R, R) and class indices (N,); with mixup, soft labels (N, C)."""
+        images, index_N = self.images, draws["order"][positions_N]
+        if self.augment:
+            crop = (draws[name][positions_N] for name in ("top", "left", "flip"))
+            images_N3RR = images.crops(index_N, *crop)
+        else:
+            images_N3RR = images.plain(index_N)
+        targets = images.labels_N[index_N]
         if self.mixup:
-            shares, partner_of = self._draw_mixup(generator)
-        for step in range(len(self)):
-            part = slice(step * self.batch_size, (step + 1) * self.batch_size)
-            index_N = draws.order[part]
-            if self.augment:
-                images_N3RR = images.crops(index_N, draws.top[part], draws.left[part], draws.flip[part])
-            else:
-                images_N3RR = images.plain(index_N)
-            targets = images.labels_N[index_N]
-            if self.mixup:
-                one_hot_NC = F.one_hot(targets, self.num_classes).to(torch.float32)
-                images_N3RR, targets = mix(images_N3RR, one_hot_NC, partner_of[part], shares[step])
-            yield Batch(images_N3RR, targets)
+            one_hot_NC = F.one_hot(targets, self.num_classes).to(torch.float32)
+            partner_N = draws["partner"][positions_N]
+            images_N3RR, targets = mix(images_N3RR, one_hot_NC, partner_N, draws["step_share"][step])
+        return Batch(images_N3RR, targets)
 
-    def _draw_mixup(self, generator: torch.Generator) -> tuple[list[float], Tensor]:
-        """Return each batch's share, and for each position of the epoch its partner's position in the same batch."""
+    def _draw_mixup(self, generator: torch.Generator) -> Draws:
+        """Draw each batch's share, and for each position of the epoch its partner's place in the same batch."""
         # PyTorch's Beta takes no generator, so numpy draws it from a seed that the generator draws.
         seed = int(torch.randint(2**62, (), generator=generator))
-        shares = np.random.default_rng(seed).beta(self.mixup, self.mixup, len(self)).tolist()
         sizes = [len(part) for part in torch.split(torch.arange(len(self.images)), self.batch_size)]
-        partner_of = torch.cat([torch.randperm(size, generator=generator) for size in sizes])
-        return shares, partner_of.to(self.images.device)
+        share = torch.from_numpy(np.random.default_rng(seed).beta(self.mixup, self.mixup, len(sizes))).float()
+        partner = torch.cat([torch.randperm(size, generator=generator) for size in sizes])
+        return {"step_share": share.to(self.images.device), "partner": partner.to(self.images.device)}

@@ -28,6 +28,7 @@ from .methods import build
 from .recipes import Schedule
 from .reporting import Figures, Reporter, accuracy_figures, closing_table, group_means, write_result
 from .settings import Settings, check_same
+from .step import TrainingStep
 
 AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -78,8 +79,16 @@ class Trainer:
         self.baseline: Baseline = build(settings, self.train_set, self.data.counts)
         self.alignment = Alignment(self.baseline.classifier, settings.alignment, epochs=recipe.epochs)
         self.parameters = [parameter for parameter in self.baseline.model.parameters() if parameter.requires_grad]
+        capture = settings.capture
+        if capture and self.device.type != "cuda":
+            raise ValueError(f"--capture records a CUDA graph, which {self.device} has not: leave it out")
         sgd = torch.optim.SGD(
-            self.parameters, lr=recipe.lr, momentum=recipe.sgd_momentum, weight_decay=recipe.weight_decay
+            self.parameters,
+            # Read on the device where the step is captured; only the fused optimizer does that.
+            lr=torch.tensor(recipe.lr, device=self.device) if capture else recipe.lr,
+            momentum=recipe.sgd_momentum,
+            weight_decay=recipe.weight_decay,
+            fused=True if capture else None,
         )
         self.optimizer = self.alignment.wrap(sgd)
         self.schedule = Schedule(
@@ -87,6 +96,18 @@ class Trainer:
         )
         self.amp_dtype = AMP_DTYPES[settings.amp]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.amp == "fp16")
+        self.training_step = TrainingStep(
+            self.baseline,
+            self.alignment,
+            self.optimizer,
+            self.parameters,
+            autocast=self._autocast,
+            scaler=self.scaler,
+            spareg=settings.alignment.spareg,
+            accumulate=settings.accumulate,
+            clip_norm=settings.clip_norm,
+            capture=capture,
+        )
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.outcome = settings.outcome()
         self.epoch = 0  # epochs done
@@ -161,41 +182,14 @@ class Trainer:
         save_checkpoint(self.checkpoint_path, self._state())
 
     def _train_epoch(self) -> dict[str, float | None]:
-        settings, baseline, alignment = self.settings, self.baseline, self.alignment
-        optimizer, scaler = self.optimizer, self.scaler
-        baseline.train_mode()
-        steps = baseline.steps_per_epoch
-        # Sums over the epoch stay on the device: reading one would wait for it.
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        penalty_sum, correct = torch.zeros_like(loss_sum), torch.zeros((), dtype=torch.int64, device=self.device)
-        images, predictions, lr = 0, 0, 0.0
-        batches = self.reporter.steps(baseline.batches(self.epoch, self.generator), steps, self.epoch)
-        for step, batch in enumerate(batches):
-            lr = self.schedule(self.epoch, step, steps)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.zero_grad(set_to_none=True)
-            for part in batch.split(settings.accumulate):
-                with self._autocast():
-                    out = baseline.step(part, self.epoch)
-                loss = out.loss
-                penalty = alignment.penalty(out.features, out.targets)
-                if penalty is not None:
-                    loss = loss + settings.alignment.spareg * penalty
-                    penalty_sum += penalty.detach() * len(part)
-                scaler.scale(loss * (len(part) / len(batch))).backward()
-                loss_sum += out.loss.detach() * len(part)
-                # Of a mixed label, the class with the larger share counts as the right one.
-                targets_N = out.targets if out.targets.ndim == 1 else out.targets.argmax(dim=1)
-                correct += (out.logits.detach().argmax(dim=1) == targets_N).sum()
-                images += len(part)
-                predictions += len(targets_N)
-            if settings.clip_norm:
-                scaler.unscale_(optimizer)
-                torch.nn.utils.clip_grad_norm_(self.parameters, settings.clip_norm)
-            scaler.step(optimizer)
-            scaler.update()
-        loss_mean, penalty_mean = float(loss_sum) / images, float(penalty_sum) / images
+        baseline, training, steps = self.baseline, self.training_step, self.baseline.steps_per_epoch
+        baseline.begin_epoch(self.epoch)
+        rates = [self.schedule(self.epoch, step, steps) for step in range(steps)]
+        training.begin_epoch(baseline.draw(self.generator), rates)
+        for step in self.reporter.steps(range(steps), steps, self.epoch):
+            training(step)
+        images = baseline.num_images
+        loss_mean, penalty_mean = float(training.loss_sum) / images, float(training.penalty_sum) / images
         weights_finite = torch.stack([parameter.detach().isfinite().all() for parameter in self.parameters]).all()
         if not (np.isfinite(loss_mean + penalty_mean) and weights_finite):
             raise TrainingError(
@@ -204,10 +198,10 @@ class Trainer:
                 "epoch before is kept"
             )
         return {
-            "lr": lr,
+            "lr": rates[-1],
             "loss": loss_mean,
-            "spareg": penalty_mean if alignment.spareg is not None else None,
-            "train_accuracy": round(100 * int(correct) / predictions, 6),
+            "spareg": penalty_mean if self.alignment.spareg is not None else None,
+            "train_accuracy": round(100 * int(training.correct) / int(training.predictions), 6),
         }
 
     @torch.no_grad()

@@ -6,13 +6,13 @@ Shapes: N images of a batch, C classes, D feature dimensions.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .baseline import Baseline, Batch, Step, batch_counts
+from .baseline import Baseline, Batch, Draws, Step, batch_counts
 from .batches import ImageBatches
 from .networks import Backbone
 
@@ -108,7 +108,7 @@ class EtfDotRegression(Baseline):
         self.model: EtfNet = model
         self.classifier: EtfHead = model.classifier
         self.images = images
-        self.steps_per_epoch = len(images)
+        self.num_images, self.batch_size, self.device = len(images.images), images.batch_size, images.images.device
         self.num_classes = len(model.classifier.weight)
         self.balance_batch = counts == "batch"
         device = images.images.device
@@ -117,8 +117,11 @@ class EtfDotRegression(Baseline):
             counts_C = torch.tensor(counts, dtype=torch.float32, device=device)
             self.energy_C = counts_C.mean() / counts_C  # 1 on average over the images
 
-    def batches(self, epoch: int, generator: torch.Generator) -> Iterator[Batch]:
+    def draw(self, generator: torch.Generator) -> Draws:
         return self.images.draw(generator)
+
+    def batch(self, draws: Draws, positions_N: Tensor, step: Tensor) -> Batch:
+        return self.images.batch(draws, positions_N, step)
 
     def energy(self, targets: Tensor) -> Tensor:
         """Return E_W by class, (C,): for a balanced batch N / (classes present * n_c)."""
@@ -128,7 +131,7 @@ class EtfDotRegression(Baseline):
         present_C = (counts_C > 0).float()
         return present_C * len(targets) / (present_C.sum() * counts_C.clamp(min=torch.finfo(torch.float32).tiny))
 
-    def step(self, batch: Batch, epoch: int) -> Step:
+    def step(self, batch: Batch) -> Step:
         logits_NC, embedded_ND = self.predict(batch.images)
         # Squares of small differences: not a matter for half precision.
         with torch.autocast(embedded_ND.device.type, enabled=False):

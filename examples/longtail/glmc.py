@@ -12,8 +12,7 @@ Shapes: N images of a batch, R pixels a side, C classes, D feature dimensions.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,10 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .augment import ImageSet, draw_epoch
-from .baseline import Baseline, Batch, Step
+from .baseline import Baseline, Batch, Draws, Step
 from .networks import Backbone
-
-Box = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
@@ -71,19 +68,22 @@ class GlmcNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight)
 
 
-def cut_box(size: int, share: float, row: int, column: int) -> Box:
-    """Return (top, bottom, left, right) of CutMix's box: side `ceil(size sqrt(1 - share))`, clipped to the image."""
-    side = math.ceil(size * math.sqrt(1.0 - share))
-    top, left = row - side // 2, column - side // 2
-    return max(top, 0), min(top + side, size), max(left, 0), min(left + side, size)
+def cut_mask(size: int, share: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    """Return where CutMix pastes, (R, R) bool: a box of side `ceil(R sqrt(1 - share))`, clipped to the image.
 
+    Args:
+        size: R.
+        share: lambda, one float.
+        row, column: the middle of the box, one int64 each.
+    """
+    side = (size * (1.0 - share).sqrt()).ceil().long()
+    place_R = torch.arange(size, device=share.device)
 
-def cutmix(images_N3RR: Tensor, others_N3RR: Tensor, box: Box) -> tuple[Tensor, float]:
-    """Paste the box of the other images, and return the images and the share of each that is left of its own."""
-    top, bottom, left, right = box
-    mixed_N3RR = images_N3RR.clone()
-    mixed_N3RR[:, :, top:bottom, left:right] = others_N3RR[:, :, top:bottom, left:right]
-    return mixed_N3RR, 1.0 - (bottom - top) * (right - left) / (images_N3RR.shape[-1] ** 2)
+    def within(middle: Tensor) -> Tensor:
+        first = middle - side // 2
+        return (place_R >= first) & (place_R < first + side)
+
+    return within(row)[:, None] & within(column)[None, :]
 
 
 def weighted_cross_entropy(logits_NC: Tensor, targets_NC: Tensor, weight_C: Tensor) -> Tensor:
@@ -144,39 +144,55 @@ class Glmc(Baseline):
         self.augment = augment
         self.unadjusted_cutmix = unadjusted_cutmix
         self.num_classes = len(counts)
-        self.steps_per_epoch = -(-len(images) // batch_size)
+        self.num_images, self.device = len(images), images.device
+        self.conventional_share = torch.ones((), device=images.device)  # a_t
         self.weight_C = class_weights(counts, options.label_weighting).to(images.device)
         size_C = torch.tensor(counts, dtype=torch.float64)
         self.sampling_N = size_C[images.labels_N.cpu()].pow(-options.resample)
 
-    def batches(self, epoch: int, generator: torch.Generator) -> Iterator[Batch]:
-        images, n, device = self.images, len(self.images), self.images.device
-        # Two draws of crops for each loader, the second for the second look; loader B has an order of its own.
-        draws = [draw_epoch(n, images.padding, generator, device) for _ in range(4)]
-        natural = draws[0].order
-        resampled = torch.multinomial(self.sampling_N, n, replacement=True, generator=generator).to(device)
-        shares = torch.rand(self.steps_per_epoch, generator=generator, dtype=torch.float64).tolist()
-        centres = torch.randint(images.resolution, (self.steps_per_epoch, 2), generator=generator).tolist()
-        for step, (share, (row, column)) in enumerate(zip(shares, centres, strict=True)):
-            part = slice(step * self.batch_size, (step + 1) * self.batch_size)
-            looks = []
-            for number, order in enumerate((natural, natural, resampled, resampled)):
-                d = draws[number]
-                crop = (order[part], d.top[part], d.left[part], d.flip[part])
-                looks.append(images.crops(*crop) if self.augment else images.plain(order[part]))
-            own_NC, other_NC = (
-                F.one_hot(images.labels_N[order[part]], self.num_classes).float() for order in (natural, resampled)
-            )
-            mixed_up = torch.lerp(looks[2], looks[0], share)
-            box = cut_box(images.resolution, share, row, column)
-            cut, left_of_own = cutmix(looks[1], looks[3], box)
-            cut_share = share if self.unadjusted_cutmix else left_of_own
-            second = Batch(cut, torch.lerp(other_NC, own_NC, cut_share))
-            yield Batch(mixed_up, torch.lerp(other_NC, own_NC, share), second)
+    def draw(self, generator: torch.Generator) -> Draws:
+        images, n, device = self.images, self.num_images, self.device
+        # The order of each loader, and crops for each of its looks.
+        draws: Draws = {}
+        for look in ("own_mixup", "own_cutmix", "other_mixup", "other_cutmix"):
+            epoch = draw_epoch(n, images.padding, generator, device)
+            draws |= {f"{look}_{name}": value for name, value in vars(epoch).items()}
+        draws["own"] = draws["own_mixup_order"]
+        draws["other"] = torch.multinomial(self.sampling_N, n, replacement=True, generator=generator).to(device)
+        steps = self.steps_per_epoch
+        draws["step_share"] = torch.rand(steps, generator=generator).to(device)
+        draws["step_middle"] = torch.randint(images.resolution, (steps, 2), generator=generator).to(device)
+        return draws
 
-    def step(self, batch: Batch, epoch: int) -> Step:
+    def batch(self, draws: Draws, positions_N: Tensor, step: Tensor) -> Batch:
+        images, share = self.images, draws["step_share"][step]
+
+        def look(loader: str, kind: str) -> Tensor:
+            index_N = draws[loader][positions_N]
+            if not self.augment:
+                return images.plain(index_N)
+            crop = (draws[f"{loader}_{kind}_{name}"][positions_N] for name in ("top", "left", "flip"))
+            return images.crops(index_N, *crop)
+
+        own_NC, other_NC = (
+            F.one_hot(images.labels_N[draws[loader][positions_N]], self.num_classes).float()
+            for loader in ("own", "other")
+        )
+        mixed_N3RR = torch.lerp(look("other", "mixup"), look("own", "mixup"), share)
+        row, column = draws["step_middle"][step].unbind(1)
+        pasted_RR = cut_mask(images.resolution, share, row, column)
+        cut_N3RR = torch.where(pasted_RR, look("other", "cutmix"), look("own", "cutmix"))
+        cut_share = share if self.unadjusted_cutmix else 1.0 - pasted_RR.float().mean()
+        second = Batch(cut_N3RR, torch.lerp(other_NC, own_NC, cut_share))
+        return Batch(mixed_N3RR, torch.lerp(other_NC, own_NC, share), second)
+
+    def begin_epoch(self, epoch: int) -> None:
+        super().begin_epoch(epoch)
+        self.conventional_share.fill_(1.0 - (epoch / self.epochs) ** 2)
+
+    def step(self, batch: Batch) -> Step:
         assert batch.second is not None
-        model, conventional_share = self.model, 1.0 - (epoch / self.epochs) ** 2
+        model, conventional_share = self.model, self.conventional_share
         features, logits, projected, predicted, loss = [], [], [], [], torch.zeros((), device=self.images.device)
         for look in (batch, batch.second):
             features_ND = model.backbone(look.images)

@@ -8,13 +8,13 @@ Shapes: N images of a batch, C classes, D feature dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .baseline import Baseline, Batch, Step
+from .baseline import Baseline, Batch, Draws, Step
 from .batches import ImageBatches
 from .glmc import GlmcNet
 
@@ -69,17 +69,20 @@ class MaxNorm(Baseline):
         self.classifier: nn.Linear = model.rebalanced.requires_grad_(True)
         self.images = images
         self.moving_statistics = moving_statistics
-        self.steps_per_epoch = len(images)
+        self.num_images, self.batch_size, self.device = len(images.images), images.batch_size, images.images.device
         self.weight_C = effective_weights(counts).to(images.images.device)
         model.register_buffer("norm_limit", norm_limit(self.classifier.weight))
 
-    def batches(self, epoch: int, generator: torch.Generator) -> Iterator[Batch]:
+    def draw(self, generator: torch.Generator) -> Draws:
         return self.images.draw(generator)
 
-    def train_mode(self) -> None:
+    def batch(self, draws: Draws, positions_N: Tensor, step: Tensor) -> Batch:
+        return self.images.batch(draws, positions_N, step)
+
+    def begin_epoch(self, epoch: int) -> None:
         self.model.train(self.moving_statistics)
 
-    def step(self, batch: Batch, epoch: int) -> Step:
+    def step(self, batch: Batch) -> Step:
         logits_NC, features_ND = self.predict(batch.images)
         loss = binary_cross_entropy(logits_NC.float(), batch.targets, self.weight_C)
         return Step(loss, logits_NC, features_ND, batch.targets)

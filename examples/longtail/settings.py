@@ -48,6 +48,7 @@ class Settings:
         clip_norm: largest gradient norm; 0 for no clipping.
         amp: `off`, `bf16` or `fp16`.
         compile: compile the network.
+        capture: replay the training step as a CUDA graph.
         device: `auto`, `cpu`, `cuda` or `cuda:1`.
         threads: of the CPU; None leaves PyTorch's choice.
         data_dir, output_dir: where the archive is and where results go.
@@ -75,6 +76,7 @@ class Settings:
     clip_norm: float = 0.0
     amp: str = "off"
     compile: bool = False
+    capture: bool = False
     device: str = "auto"
     threads: int | None = None
     resume: bool = False
@@ -134,6 +136,8 @@ class Settings:
                 raise ValueError(
                     f"--spareg-align classifier has nothing to pull, because {fixed}: use --spareg-align features"
                 )
+        if self.capture and self.amp == "fp16":
+            raise ValueError("--capture cannot wait to see whether scaled gradients are finite: use --amp bf16 or off")
         if self.resume and self.overwrite:
             raise ValueError("--resume continues a run and --overwrite removes it: leave one out")
 

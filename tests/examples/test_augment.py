@@ -63,6 +63,6 @@ def test_draws_depend_on_the_generator_alone() -> None:
 
 def test_mix_weights_images_and_targets_alike() -> None:
     images = torch.arange(3.0).view(3, 1, 1, 1).expand(3, 3, 2, 2)
-    mixed, targets = mix(images, torch.eye(3), torch.tensor([1, 2, 0]), 0.75)
+    mixed, targets = mix(images, torch.eye(3), torch.tensor([1, 2, 0]), torch.tensor(0.75))
     assert mixed[:, 0, 0, 0].tolist() == [0.25, 1.25, 1.5]
     assert targets.tolist() == [[0.75, 0.25, 0], [0, 0.75, 0.25], [0.25, 0, 0.75]]

@@ -43,6 +43,8 @@ Options = Callable[..., list[str]]
         ("--frozen-head --spareg 1 --spareg-align classifier", "--spareg-align features"),
         ("--recipe ldam", "two recipes"),
         ("--resume --overwrite", "leave one out"),
+        ("--capture", "--capture records a CUDA graph, which cpu has not"),
+        ("--capture --amp fp16", "use --amp bf16 or off"),
         ("--data-dir nowhere", "--data-dir"),
         ("--dataset cifar100", "no cifar100 under"),
     ],

@@ -1,0 +1,136 @@
+"""One optimizer step: batch, forward, loss, alignment, backward, update. On a GPU it can be captured and replayed.
+
+The step reads everything that changes from tensors on the device: which batch it is, the epoch's random numbers, the
+learning rate. So its operations are the same every time, and a CUDA graph of one step replays all of them, without
+Python between kernels. Figures of the epoch are added up on the device and read at its end.
+
+Shapes: N images of a batch, S steps of an epoch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .alignment import Alignment
+from .baseline import Baseline, Draws
+
+WARM_UP_STEPS = 3  # ordinary steps before the capture, in which libraries choose their kernels
+
+
+class TrainingStep:
+    """Trains a baseline, with or without strategies, one step at a time.
+
+    Args:
+        baseline: what to train.
+        alignment: the strategies.
+        optimizer: of `parameters`; with `capture`, its learning rates are tensors and it reads them on the device.
+        parameters: what may be clipped.
+        autocast: returns the context of the forward pass.
+        scaler: of the loss; disabled with `capture`, because it reads back whether gradients were finite.
+        spareg: weight of the loss term.
+        accumulate: micro-batches per step.
+        clip_norm: largest gradient norm; 0 for no clipping.
+        capture: replay the step as a CUDA graph. The last, smaller batch of an epoch runs as it is.
+    """
+
+    def __init__(
+        self,
+        baseline: Baseline,
+        alignment: Alignment,
+        optimizer: Optimizer,
+        parameters: Sequence[Tensor],
+        *,
+        autocast: Callable[[], contextlib.AbstractContextManager[Any]],
+        scaler: torch.amp.GradScaler,
+        spareg: float,
+        accumulate: int = 1,
+        clip_norm: float = 0.0,
+        capture: bool = False,
+    ) -> None:
+        self.baseline, self.alignment, self.optimizer, self.parameters = baseline, alignment, optimizer, parameters
+        self.autocast, self.scaler, self.spareg = autocast, scaler, spareg
+        self.accumulate, self.clip_norm, self.capture = accumulate, clip_norm, capture
+        device = baseline.device
+        self.number = torch.zeros(1, dtype=torch.int64, device=device)
+        self.range_N = torch.arange(baseline.batch_size, device=device)
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        self.penalty_sum = torch.zeros_like(self.loss_sum)
+        self.correct = torch.zeros((), dtype=torch.int64, device=device)
+        self.predictions = torch.zeros_like(self.correct)
+        self.draws: Draws = {}
+        self.rates: Sequence[float] = ()
+        self.rate_S = torch.empty(0)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.taken = 0
+
+    def begin_epoch(self, draws: Draws, rates: Sequence[float]) -> None:
+        """Set the epoch's random numbers and learning rates, one per step, and forget the figures of the last."""
+        rate_S = torch.tensor(rates, dtype=torch.float32, device=self.number.device)
+        if not self.draws:
+            self.draws, self.rate_S = draws, rate_S
+        else:  # in place: a captured step reads them where they are
+            for name, value in draws.items():
+                self.draws[name].copy_(value)
+            self.rate_S.copy_(rate_S)
+        self.rates = rates
+        for total in (self.number, self.loss_sum, self.penalty_sum, self.correct, self.predictions):
+            total.zero_()
+
+    def __call__(self, step: int) -> None:
+        """Take the 0-based `step` of the epoch; steps come in order."""
+        size = min(self.baseline.batch_size, self.baseline.num_images - step * self.baseline.batch_size)
+        if not self.capture:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.rates[step]
+            self._train(size)
+        elif size < self.baseline.batch_size:
+            self._train(size)
+        elif self.taken < WARM_UP_STEPS:
+            self.taken += 1
+            stream, current = torch.cuda.Stream(self.number.device), torch.cuda.current_stream(self.number.device)
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                self._train(size)
+            current.wait_stream(stream)
+        else:
+            if self.graph is None:
+                self.optimizer.zero_grad(set_to_none=True)
+                self.graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self.graph):  # records without running
+                    self._train(size)
+            self.graph.replay()
+
+    def _train(self, size: int) -> None:
+        baseline, scaler, optimizer = self.baseline, self.scaler, self.optimizer
+        if self.capture:
+            for group in optimizer.param_groups:
+                group["lr"].copy_(self.rate_S[self.number].squeeze(0))
+        positions_N = self.number * baseline.batch_size + self.range_N[:size]
+        batch = baseline.batch(self.draws, positions_N, self.number)
+        optimizer.zero_grad(set_to_none=True)
+        for part in batch.split(self.accumulate):
+            with self.autocast():
+                out = baseline.step(part)
+            loss = out.loss
+            penalty = self.alignment.penalty(out.features, out.targets)
+            if penalty is not None:
+                loss = loss + self.spareg * penalty
+                self.penalty_sum.add_(penalty.detach() * len(part))
+            scaler.scale(loss * (len(part) / len(batch))).backward()
+            self.loss_sum.add_(out.loss.detach() * len(part))
+            # Of a mixed label, the class with the larger share counts as the right one.
+            targets_N = out.targets if out.targets.ndim == 1 else out.targets.argmax(dim=1)
+            self.correct.add_((out.logits.detach().argmax(dim=1) == targets_N).sum())
+            self.predictions.add_(len(targets_N))
+        if self.clip_norm:
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
+        scaler.step(optimizer)
+        scaler.update()
+        self.number.add_(1)
