@@ -292,6 +292,33 @@ def test_glmc_looks_mix_the_same_pairs() -> None:
     assert any(not torch.equal(one.second.targets, one.targets) for one in batches if one.second is not None)
 
 
+def test_glmc_pixels_and_labels_are_mixed_alike() -> None:
+    """Both looks against their definition: by lambda, and by the box, whose area is the other label's share."""
+    baseline = glmc_baseline(augment=False)
+    images = baseline.images
+    pixels, labels = images.plain(torch.arange(40)).double(), torch.eye(5, dtype=torch.float64)[images.labels_N]
+    draws = baseline.draw(torch.Generator().manual_seed(1))
+    for step in range(3):
+        positions = torch.arange(40)[16 * step : 16 * (step + 1)]
+        own, other = draws["own"][positions], draws["other"][positions]
+        share = float(draws["step_share"][step])
+        row, column = draws["step_middle"][step].tolist()
+        got = baseline.batch(draws, positions, torch.tensor([step]))
+        assert got.second is not None
+        # float32 interpolation of numbers below 3
+        near = {"rtol": 0, "atol": 2e-6}
+        torch.testing.assert_close(got.images.double(), share * pixels[own] + (1 - share) * pixels[other], **near)
+        torch.testing.assert_close(got.targets.double(), share * labels[own] + (1 - share) * labels[other], **near)
+        side, want, area = math.ceil(8 * math.sqrt(1 - share)), pixels[own].clone(), 0
+        for r in range(max(row - side // 2, 0), min(row - side // 2 + side, 8)):
+            for c in range(max(column - side // 2, 0), min(column - side // 2 + side, 8)):
+                want[:, :, r, c] = pixels[other][:, :, r, c]
+                area += 1
+        torch.testing.assert_close(got.second.images.double(), want, **near)
+        left = 1 - area / 64
+        torch.testing.assert_close(got.second.targets.double(), left * labels[own] + (1 - left) * labels[other], **near)
+
+
 def test_glmc_loader_b_follows_its_law() -> None:
     """P(c) proportional to n_c^(1 - r): r = 1 is class-balanced, r = 0 the natural distribution."""
     labels = torch.repeat_interleave(torch.arange(3), torch.tensor([80, 16, 4]))

@@ -128,6 +128,25 @@ def test_two_writers_lose_nothing(tmp_path: Path) -> None:
     assert len(Records(path).done()) == 30
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="file locks of POSIX")
+def test_a_writer_waits_for_another(tmp_path: Path) -> None:
+    records = Records(tmp_path / "r.jsonl")
+    script = (
+        "import json, sys; from longtail.grid import Records; from pathlib import Path; print('ready', flush=True)\n"
+        "Records(Path(sys.argv[1])).add(json.loads(sys.argv[2])); print('written', flush=True)"
+    )
+    with records._locked():
+        command = [sys.executable, "-c", script, str(records.path), json.dumps(record(cell()))]
+        writer = subprocess.Popen(command, cwd=EXAMPLES, stdout=subprocess.PIPE, text=True)
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "ready\n"
+        time.sleep(0.3)
+        assert not records.path.exists()
+    assert writer.stdout.readline() == "written\n"
+    assert writer.wait() == 0
+    assert records.done() == {cell().name}
+
+
 # --- running ----------------------------------------------------------------------------------------------------------
 
 
