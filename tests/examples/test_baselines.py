@@ -306,7 +306,7 @@ def test_glmc_pixels_and_labels_are_mixed_alike() -> None:
         got = baseline.batch(draws, positions, torch.tensor([step]))
         assert got.second is not None
         # float32 interpolation of numbers below 3
-        near = {"rtol": 0, "atol": 2e-6}
+        near: dict[str, Any] = {"rtol": 0, "atol": 2e-6}
         torch.testing.assert_close(got.images.double(), share * pixels[own] + (1 - share) * pixels[other], **near)
         torch.testing.assert_close(got.targets.double(), share * labels[own] + (1 - share) * labels[other], **near)
         side, want, area = math.ceil(8 * math.sqrt(1 - share)), pixels[own].clone(), 0

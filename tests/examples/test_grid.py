@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -135,15 +136,17 @@ def test_a_writer_waits_for_another(tmp_path: Path) -> None:
         "import json, sys; from longtail.grid import Records; from pathlib import Path; print('ready', flush=True)\n"
         "Records(Path(sys.argv[1])).add(json.loads(sys.argv[2])); print('written', flush=True)"
     )
-    with records._locked():
-        command = [sys.executable, "-c", script, str(records.path), json.dumps(record(cell()))]
-        writer = subprocess.Popen(command, cwd=EXAMPLES, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", script, str(records.path), json.dumps(record(cell()))]
+    with contextlib.ExitStack() as stack:
+        lock = stack.enter_context(contextlib.ExitStack())
+        lock.enter_context(records._locked())
+        writer = stack.enter_context(subprocess.Popen(command, cwd=EXAMPLES, stdout=subprocess.PIPE, text=True))
         assert writer.stdout is not None
         assert writer.stdout.readline() == "ready\n"
         time.sleep(0.3)
         assert not records.path.exists()
-    assert writer.stdout.readline() == "written\n"
-    assert writer.wait() == 0
+        lock.close()
+        assert writer.stdout.readline() == "written\n"
     assert records.done() == {cell().name}
 
 
