@@ -59,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     recipe.add_argument("--preset", choices=("small",), help="small: 16 x 16 images, ResNet-14, 40 epochs; for a CPU")
     recipe.add_argument("--depth", type=int, help="6 n + 2 layers")
     recipe.add_argument("--width", type=int, help="1, 2 or 4")
-    recipe.add_argument("--resolution", type=int, help="32, 16, 8 or 4 pixels")
+    recipe.add_argument("--resolution", type=int, help="32, 16 or 8 pixels")
     recipe.add_argument("--epochs", type=int)
     recipe.add_argument("--batch-size", type=int)
     recipe.add_argument("--lr", type=float)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -70,6 +71,10 @@ def build_parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     if args.jobs < 1 or args.attempts < 1:
         raise ValueError(f"--jobs is {args.jobs} and --attempts {args.attempts}; expected 1 or more")
+    if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
+        raise ValueError(f"--seeds is {args.seeds}; expected different numbers of 0 or more")
+    if args.engine == "local" and (args.gpus_per_run or args.ray_address):
+        raise ValueError("--gpus-per-run and --ray-address are for --engine ray: leave them out")
     if args.gpus_per_run < 0:
         raise ValueError(f"--gpus-per-run is {args.gpus_per_run}; expected 0 or more")
     settings = [
@@ -90,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
         find_folder(dataset, args.data_dir)
     records = Records(args.records)
     records.read()
-    job = Job(args.data_dir.resolve(), args.work_dir.resolve(), tuple(args.options.split()), args.attempts)
+    job = Job(args.data_dir.resolve(), args.work_dir.resolve(), tuple(shlex.split(args.options)), args.attempts)
     engine: Local | Ray
     if args.engine == "ray":
         engine = Ray(job, args.jobs, gpus=args.gpus_per_run, address=args.ray_address)

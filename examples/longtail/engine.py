@@ -22,7 +22,7 @@ import spalign
 from .alignment import Alignment
 from .augment import ImageSet
 from .baseline import Baseline
-from .checkpoint import load_checkpoint, save_checkpoint
+from .checkpoint import FolderLock, load_checkpoint, save_checkpoint
 from .data import MEAN, STD, Images, Labels, find_folder, load_dataset
 from .methods import build
 from .recipes import Schedule
@@ -57,6 +57,8 @@ class Trainer:
         self.settings = settings
         recipe = settings.recipe
         self.device = settings.torch_device()
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # a CUDA graph is captured on the current device
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         self.folder = settings.output_dir
@@ -116,6 +118,8 @@ class Trainer:
         self.record: dict[str, Any] = {}
 
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = FolderLock(self.folder)
+        self.environment = environment(self.device)  # now: the files may change while the run is under way
         note = self._resume() if settings.resume and self.checkpoint_path.exists() else self._start_fresh()
         self.reporter = Reporter(
             self.folder,
@@ -153,6 +157,7 @@ class Trainer:
                 self._run_epoch()
         finally:
             self.reporter.close()
+            self.lock.release()
         if self.epoch < epochs:
             self.reporter.note(f"stopped after epoch {self.epoch} of {epochs}; continue with --resume")
             return None
@@ -208,9 +213,11 @@ class Trainer:
     def _evaluate(self, images: ImageSet, tracker: spalign.ClassMeanTracker | None = None) -> tuple[Tensor, Tensor]:
         """Count correct predictions (C,) and images (C,) by class, in evaluation mode, without augmentation.
 
+        In full precision: half-precision logits tie, and the tie goes to the lower index, the larger class.
+
         Args:
             images: what to predict.
-            tracker: also feed these class means, and compute in full precision.
+            tracker: also feed these class means.
         """
         model = self.baseline.model
         model.eval()
@@ -218,8 +225,7 @@ class Trainer:
         # Small enough for a CPU's cache, large enough to keep a GPU busy.
         batch_size = 500 if self.device.type == "cpu" else 2500
         for index_N in torch.arange(len(images), device=self.device).split(batch_size):
-            with self._autocast() if tracker is None else contextlib.nullcontext():
-                logits_NC, features_ND = self.baseline.predict(images.plain(index_N))
+            logits_NC, features_ND = self.baseline.predict(images.plain(index_N))
             labels_N = images.labels_N[index_N]
             correct_C.index_add_(0, labels_N, (logits_NC.argmax(dim=1) == labels_N).to(torch.int64))
             if tracker is not None:
@@ -268,8 +274,10 @@ class Trainer:
         )
 
     def _resume(self) -> str:
-        state = load_checkpoint(self.checkpoint_path, self.device)
-        check_same(self.outcome, state["options"])
+        settings, state = self.settings, load_checkpoint(self.checkpoint_path, self.device)
+        # Checkpoints of before an option existed were made with its default.
+        defaults = Settings(settings.recipe_name, settings.recipe, settings.data_dir, settings.output_dir).outcome()
+        check_same(self.outcome, {**defaults, **state["options"]})
         if state["fingerprint"] != self.data.fingerprint:
             raise ValueError(
                 f"the training images differ from those of {self.checkpoint_path}: set --data-dir to the same archive"
@@ -307,7 +315,7 @@ class Trainer:
             "options": self.outcome,
             "counts": list(self.data.counts),
             "data_fingerprint": self.data.fingerprint,
-            "environment": environment(self.device),
+            "environment": self.environment,
         }
 
 

@@ -34,9 +34,11 @@ def simplex_etf(num_classes: int, dim: int) -> Tensor:
             f"no simplex of {num_classes} classes fits into {dim} feature dimensions; it takes at least "
             f"{max(num_classes - 1, 1)} and two classes: use a wider network (--width 2 has 128)"
         )
-    centring = torch.eye(num_classes, dtype=torch.float64) - 1.0 / num_classes
-    # The eigenvectors of the centring matrix without that of the eigenvalue 0, which comes first.
-    basis = torch.linalg.eigh(centring).eigenvectors[:, 1:]
+    # An orthonormal basis of what is orthogonal to 1 (Helmert's): column k is k ones and then -k, scaled.
+    size = torch.arange(1, num_classes, dtype=torch.float64)
+    basis = torch.triu(torch.ones(num_classes, num_classes - 1, dtype=torch.float64))
+    basis[range(1, num_classes), range(num_classes - 1)] = -size
+    basis = basis / (size * (size + 1)).sqrt()
     rotation = torch.linalg.qr(torch.randn(dim, num_classes - 1, dtype=torch.float64)).Q
     etf_CD: Tensor = math.sqrt(num_classes / (num_classes - 1)) * basis @ rotation.t()
     return etf_CD.to(torch.float32)

@@ -84,7 +84,9 @@ class MaxNorm(Baseline):
 
     def step(self, batch: Batch) -> Step:
         logits_NC, features_ND = self.predict(batch.images)
-        loss = binary_cross_entropy(logits_NC.float(), batch.targets, self.weight_C)
+        # A logarithm of probabilities, which autocast refuses to do in half precision.
+        with torch.autocast(self.device.type, enabled=False):
+            loss = binary_cross_entropy(logits_NC.float(), batch.targets, self.weight_C)
         return Step(loss, logits_NC, features_ND, batch.targets)
 
     def end_epoch(self) -> None:

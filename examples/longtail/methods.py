@@ -155,7 +155,7 @@ def build(settings: Settings, images: ImageSet, counts: Sequence[int]) -> Baseli
     def max_norm() -> Baseline:
         assert options.first_stage is not None
         model = GlmcNet(num_classes, **shape)
-        load_first_stage(model, options.first_stage, images.device)
+        load_first_stage(model, options.first_stage, images.device, settings)
         return MaxNorm(place(model), batches(), counts, moving_statistics=options.moving_statistics)
 
     builders: dict[str, Callable[[], Baseline]] = {
@@ -168,11 +168,11 @@ def build(settings: Settings, images: ImageSet, counts: Sequence[int]) -> Baseli
     return builders[settings.method]()
 
 
-def load_first_stage(model: nn.Module, folder: Path, device: torch.device) -> None:
+def load_first_stage(model: nn.Module, folder: Path, device: torch.device, settings: Settings) -> None:
     """Load the network of a finished run.
 
     Raises:
-        ValueError: the run is of another method, network or length, or has not finished.
+        ValueError: the run is of another method, network or training set, or has not finished.
         OSError: there is no checkpoint.
     """
     state = load_checkpoint(folder / "checkpoint.pt", device)
@@ -183,6 +183,13 @@ def load_first_stage(model: nn.Module, folder: Path, device: torch.device) -> No
         raise ValueError(
             f"--first-stage {folder} has done {state['epoch']} of {options['epochs']} epochs: finish it first"
         )
+    now = settings.outcome()
+    for option in ("dataset", "imbalance", "subset-seed", "subset-replacement", "validation", "resolution"):
+        if options[option] != now[option]:
+            raise ValueError(
+                f"--first-stage {folder} was trained with --{option} {options[option]}, not {now[option]}: a second "
+                "stage goes on with the same training set"
+            )
     try:
         model.load_state_dict(state["model"])
     except RuntimeError as error:

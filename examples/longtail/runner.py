@@ -33,25 +33,53 @@ class Job:
     extra: tuple[str, ...] = ()
     attempts: int = 2
 
+    def has_network(self, cell: Cell) -> bool:
+        return (self.work_dir / cell.name / "checkpoint.pt").exists()
+
     def command(self, cell: Cell) -> list[str]:
         where = ["--data-dir", str(self.data_dir), "--output-dir", str(self.work_dir / cell.name)]
         how = ["--resume", "--quiet", "--no-tensorboard"]
         return [sys.executable, str(SCRIPT), *cell.options(self.work_dir), *where, *how, *self.extra]
 
 
-def run_cell(cell: Cell, job: Job) -> Record:
+class Children:
+    """The training processes of a grid, so that an interrupted grid can end them."""
+
+    def __init__(self) -> None:
+        self.stopped = False
+        self.processes: set[subprocess.Popen[str]] = set()
+
+    def run(self, command: Sequence[str]) -> tuple[int, str]:
+        """Run a command to its end and return its exit code and what it wrote to stderr."""
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+            self.processes.add(process)
+            if self.stopped:
+                process.terminate()
+            message = process.communicate()[1]
+            self.processes.discard(process)
+        return process.returncode, message
+
+    def stop(self) -> None:
+        """End all processes, and let none start again: they go on from their checkpoints in another call."""
+        self.stopped = True
+        for process in list(self.processes):
+            process.terminate()
+
+
+def run_cell(cell: Cell, job: Job, children: Children | None = None) -> Record:
     """Train one cell, again if it dies, and return its record: of a failure, one with `failed`."""
+    children = children or Children()
     folder = job.work_dir / cell.name
     (folder / "result.json").unlink(missing_ok=True)
     error, attempts = "", 0
     while attempts < job.attempts:
         attempts += 1
-        done = subprocess.run(job.command(cell), stderr=subprocess.PIPE, text=True, check=False)
-        if done.returncode == 0 and (folder / "result.json").exists():
+        code, message = children.run(job.command(cell))
+        if code == 0 and (folder / "result.json").exists():
             return record_of(cell, json.loads((folder / "result.json").read_text()))
-        lines = done.stderr.strip().splitlines()
-        error = f"exit code {done.returncode}: {lines[-1] if lines else 'no message'}"
-        if done.returncode == 2:  # a bad option or file stays bad
+        lines = message.strip().splitlines()
+        error = f"exit code {code}: {lines[-1] if lines else 'no message'}"
+        if code == 2 or children.stopped:  # a bad option or file stays bad
             break
     return {**vars(cell), "failed": error, "attempts": attempts}
 
@@ -62,10 +90,15 @@ class Local:
     def __init__(self, job: Job, jobs: int) -> None:
         self.job, self.slots = job, jobs
         self.pool = ThreadPoolExecutor(jobs)
+        self.children = Children()
         self.running: dict[Future[Record], Cell] = {}
 
+    def has_network(self, cell: Cell) -> bool:
+        """Return whether the checkpoint of a finished run is at hand."""
+        return self.job.has_network(cell)
+
     def start(self, cell: Cell) -> None:
-        self.running[self.pool.submit(run_cell, cell, self.job)] = cell
+        self.running[self.pool.submit(run_cell, cell, self.job, self.children)] = cell
 
     def finished(self) -> Iterator[tuple[Cell, Record]]:
         """Wait for at least one run to end, and yield those that have."""
@@ -73,6 +106,8 @@ class Local:
             yield self.running.pop(future), future.result()
 
     def close(self) -> None:
+        """End what is still running, as after an interrupt."""
+        self.children.stop()
         self.pool.shutdown(cancel_futures=True)
 
 
@@ -102,6 +137,10 @@ class Ray:
         self.task = ray.remote(run_cell).options(num_cpus=1, num_gpus=gpus, max_retries=job.attempts)
         self.running: dict[Any, Cell] = {}
 
+    def has_network(self, cell: Cell) -> bool:
+        """Return whether the checkpoint of a finished run is at hand."""
+        return self.job.has_network(cell)
+
     def start(self, cell: Cell) -> None:
         self.running[self.task.remote(cell, self.job)] = cell
 
@@ -113,7 +152,7 @@ class Ray:
             try:
                 yield cell, self.ray.get(reference)
             except self.ray.exceptions.RayError as error:
-                reason = str(error).strip().splitlines()[0]
+                reason = str(error).strip().splitlines()[-1]
                 yield cell, {**vars(cell), "failed": f"Ray: {reason}", "attempts": self.job.attempts + 1}
 
     def close(self) -> None:
@@ -151,6 +190,7 @@ def run_grid(
     done = records.done()
     todo = [cell for cell in cells if cell.name not in done]
     note(f"{len(cells) - len(todo)} of {len(cells)} runs are done already, {len(todo)} to go")
+    # Of a method without a record, the longest of the others is the best guess.
     lengths: dict[tuple[str, str], float] = {}
     for record in records.read():
         if "failed" not in record:
@@ -159,10 +199,11 @@ def run_grid(
 
     def ready(cell: Cell) -> bool:
         stage = cell.first_stage()
-        return stage is None or stage.name in done
+        return stage is None or (stage.name in done and engine.has_network(stage))
 
     def in_budget(cell: Cell) -> bool:
-        likely = lengths.get((cell.method, cell.preset), 0.0)
+        longest = max((value for key, value in lengths.items() if key[1] == cell.preset), default=0.0)
+        likely = lengths.get((cell.method, cell.preset), longest)
         return budget_s is None or time.monotonic() - begin + likely < budget_s
 
     try:
@@ -191,4 +232,8 @@ def run_grid(
     finally:
         engine.close()
     progress.left = todo
+    for cell in todo:
+        stage = cell.first_stage()
+        if stage is not None and not ready(cell):
+            note(f"left out {cell.name}: it starts from the network of {stage.name}, which is not in the work folder")
     return progress

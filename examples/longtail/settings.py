@@ -138,6 +138,20 @@ class Settings:
                 )
         if self.capture and self.amp == "fp16":
             raise ValueError("--capture cannot wait to see whether scaled gradients are finite: use --amp bf16 or off")
+        if recipe.mixup and self.method in ("glmc", "glmc-maxnorm"):
+            raise ValueError(
+                f"--mixup {recipe.mixup} is not for {self.method}, which mixes by itself or not at all: use 0"
+            )
+        if recipe.schedule == "epoch-cosine" and recipe.warmup_epochs:
+            raise ValueError(
+                f"--warmup-epochs {recipe.warmup_epochs}: epoch-cosine has none; use 0 or --schedule cosine"
+            )
+        by_batch = self.method == "etf-dr" and options.class_counts in (None, "batch")
+        if self.accumulate > 1 and (by_batch or options.class_counts == "batch"):
+            raise ValueError(
+                f"--accumulate {self.accumulate} would count the classes of micro-batches, not of the batch: use "
+                "--class-counts global, or no accumulation"
+            )
         if self.resume and self.overwrite:
             raise ValueError("--resume continues a run and --overwrite removes it: leave one out")
 

@@ -96,7 +96,9 @@ def rows_of(records: Sequence[Record], dataset: str, imbalance: int, preset: str
             title = TITLES[method] + SUFFIXES[align]
             paper, paper_base = (paper_value(name, dataset, imbalance) for name in (title, base_title))
             is_base = title == base_title
-            common = [] if is_base else sorted(own.keys() & base.keys())
+            common = (
+                [] if is_base else [seed for seed in sorted(own.keys() & base.keys()) if paired(own[seed], base[seed])]
+            )
             gains = [last(own[seed]) - last(base[seed]) for seed in common]
             rows.append(
                 Row(
@@ -116,6 +118,13 @@ def rows_of(records: Sequence[Record], dataset: str, imbalance: int, preset: str
                 )
             )
     return rows
+
+
+def paired(record: Record, base: Record) -> bool:
+    """Return whether two runs differ in their method or strategy alone: equal length, equal training set."""
+    return all(record.get(key) == base.get(key) for key in ("epochs", "data_fingerprint")) or (
+        record["method"] == "glmc-maxnorm" and record.get("data_fingerprint") == base.get("data_fingerprint")
+    )
 
 
 def last(record: Record) -> float:

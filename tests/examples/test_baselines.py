@@ -280,8 +280,6 @@ def test_glmc_looks_mix_the_same_pairs() -> None:
         assert one.second is not None
         for look in (one, one.second):
             torch.testing.assert_close(look.targets.sum(1), torch.ones(len(look)))
-        # Where both labels agree the row has one entry, elsewhere two, in both looks the same classes.
-        assert torch.equal(one.targets > 1e-6, (one.targets > 0))
     unadjusted = list(glmc_baseline(augment=False, unadjusted_cutmix=True).batches(torch.Generator().manual_seed(0)))
     for one, other in zip(unadjusted, batches, strict=True):
         assert one.second is not None
@@ -429,7 +427,8 @@ def test_a_method_trains_and_resumes_bit_for_bit(name: str, tiny_options: Option
 
 def test_max_norm_follows_glmc(tiny_options: Options, tmp_path: Path) -> None:
     assert trainer(tiny_options("first", "--method", "glmc")).run() is not None
-    second = ("--method", "glmc-maxnorm", "--first-stage", str(tmp_path / "first"), "--mixup", "0")
+    start = ("--method", "glmc-maxnorm", "--first-stage", str(tmp_path / "first"))
+    second = (*start, "--mixup", "0", "--warmup-epochs", "0")
     before = torch.load(tmp_path / "first" / "checkpoint.pt", weights_only=True)["model"]
     stage = trainer(tiny_options("second", *second, "--stop-after-epochs", "1"))
     limit = float(max_norm.norm_limit(before["rebalanced.weight"]))
@@ -452,15 +451,18 @@ def test_max_norm_refuses_what_it_cannot_start_from(tiny_options: Options, tmp_p
     trainer(tiny_options("plain", "--stop-after-epochs", "1")).run()
     trainer(tiny_options("short", "--method", "glmc", "--stop-after-epochs", "1")).run()
     trainer(tiny_options("deep", "--method", "glmc", "--epochs", "2", "--depth", "14")).run()
+    trainer(tiny_options("other", "--method", "glmc", "--epochs", "2", "--imbalance", "20")).run()
 
     def start(first: str) -> None:
-        trainer(tiny_options("second", "--method", "glmc-maxnorm", "--first-stage", str(tmp_path / first)))
+        options = ("--method", "glmc-maxnorm", "--first-stage", str(tmp_path / first), "--warmup-epochs", "0")
+        trainer(tiny_options("second", *options))
 
     for first, message in (
         ("plain", "holds a run of ce, expected one of glmc"),
         ("short", "1 of 3 epochs: finish it first"),
         ("deep", "another network"),
-        ("none", "cannot be read"),
+        ("none", "No such file"),
+        ("other", "trained with --imbalance 20.0, not 10.0"),
     ):
         with pytest.raises((ValueError, OSError), match=message):
             start(first)
@@ -478,6 +480,10 @@ def test_max_norm_refuses_what_it_cannot_start_from(tiny_options: Options, tmp_p
         ("--method glmc --contrast -1", "--contrast is -1.0"),
         ("--method glmc-maxnorm", "--first-stage"),
         ("--subset-replacement --validation 2", "with replacement"),
+        ("--method glmc --mixup 1", "mixes by itself"),
+        ("--schedule epoch-cosine", "--warmup-epochs 1"),
+        ("--method etf-dr --accumulate 2", "micro-batches"),
+        ("--method arb --class-counts batch --accumulate 2", "micro-batches"),
     ],
 )
 def test_what_does_not_go_together_is_refused(
@@ -487,6 +493,37 @@ def test_what_does_not_go_together_is_refused(
     error = capsys.readouterr().err
     assert message in error
     assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["ce", "etf-dr", "arb", "glmc"])
+def test_variants_of_a_method_start_and_see_the_same(name: str, tiny_options: Options) -> None:
+    """Pairing: equal weights, equal batches of the second epoch, after a first one in which the variant had its way."""
+    seen = []
+    for number, strategy in enumerate(((), ("--spareg", "1"))):
+        one = trainer(tiny_options(f"run{number}", "--method", name, *strategy))
+        tensors = [p.detach().clone() for p in one.baseline.model.parameters()]
+        one._run_epoch()
+        for drawn in one.baseline.batches(one.generator):
+            tensors += [drawn.images, drawn.targets]
+        seen.append(tensors)
+    assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+
+
+def test_a_folder_is_of_one_process_at_a_time(tiny_options: Options) -> None:
+    first = trainer(tiny_options("run"))
+    with pytest.raises(OSError, match="in use by another process"):
+        trainer(tiny_options("run"))
+    first.run()
+    assert trainer(tiny_options("run", "--resume")).epoch == 3
+
+
+def test_a_checkpoint_of_before_an_option_existed_resumes(tiny_options: Options, tmp_path: Path) -> None:
+    trainer(tiny_options("run", "--stop-after-epochs", "1")).run()
+    path = tmp_path / "run" / "checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    del state["options"]["capture"]
+    torch.save(state, path)
+    assert trainer(tiny_options("run", "--resume")).epoch == 1
 
 
 def test_an_etf_needs_a_wide_network() -> None:

@@ -173,6 +173,9 @@ class Engine:
     def close(self) -> None:
         pass
 
+    def has_network(self, one: Cell) -> bool:
+        return True
+
 
 def quiet(_: str) -> None:
     pass
@@ -207,10 +210,12 @@ def test_max_norm_waits_for_its_first_stage(tmp_path: Path) -> None:
 def test_no_run_is_started_that_would_pass_the_budget(tmp_path: Path) -> None:
     records = Records(tmp_path / "r.jsonl")
     records.add(record(cell("arb"), seconds=1000.0))
+    records.add(record(cell("ce"), seconds=1.0))
     engine: Any = Engine()
-    progress = run_grid([cell("arb", "reg"), cell("ce")], records, engine, budget_s=500.0, note=quiet)
-    assert engine.started == [cell("ce").name]
-    assert progress.left == [cell("arb", "reg")]
+    todo = [cell("arb", "reg"), cell("ce", "reg"), cell("glmc")]
+    progress = run_grid(todo, records, engine, budget_s=500.0, note=quiet)
+    assert engine.started == [cell("ce", "reg").name]
+    assert progress.left == [cell("arb", "reg"), cell("glmc")], "a method never seen is as long as the longest"
 
 
 TINY = (
@@ -250,21 +255,51 @@ def test_a_dying_run_is_tried_again_then_reported(tiny_job: Job, tmp_path: Path)
 
 
 def test_a_kill_loses_at_most_an_epoch(tiny_job: Job, tmp_path: Path) -> None:
-    """kill -9 of the grid and its run: the next call resumes the run, and ends where an undisturbed one does."""
+    """kill -9 of a run: the next call resumes it, and ends where an undisturbed one does."""
     whole = runner.run_cell(cell(), Job(tiny_job.data_dir, tmp_path / "whole", tiny_job.extra))
     job = tiny_job
     child = subprocess.Popen(job.command(cell()), start_new_session=True)
-    metrics = job.work_dir / cell().name / "metrics.jsonl"
+    folder = job.work_dir / cell().name
+    metrics = folder / "metrics.jsonl"
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text().count("\n") >= 1):
         time.sleep(0.02)
     os.killpg(child.pid, signal.SIGKILL)
     child.wait()
+    first = metrics.read_text().splitlines()[0]
+    assert not (folder / "result.json").exists()
     records = Records(tmp_path / "r.jsonl")
     run_grid([cell()], records, Local(job, 1), note=quiet)
     (got,) = records.read()
     for key in ("accuracy_last", "train_accuracy", "alignment"):
         assert got[key] == whole[key]
+    if (folder / "checkpoint.pt").exists():
+        assert metrics.read_text().splitlines()[0] == first, "its first epoch, seconds and all, was not repeated"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+def test_an_interrupted_grid_ends_its_runs(tiny_job: Job) -> None:
+    """Ctrl-C in the terminal: the runs end, none is started again, and the call returns."""
+    slow = Job(tiny_job.data_dir, tiny_job.work_dir, (*tiny_job.extra, "--epochs", "500"))
+    engine = Local(slow, 1)
+    engine.start(cell())
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not engine.children.processes:
+        time.sleep(0.02)
+    (process,) = engine.children.processes
+    engine.close()
+    assert process.returncode == -signal.SIGTERM
+    ((_, got),) = engine.finished()
+    assert (got["failed"], got["attempts"]) == (f"exit code -{signal.SIGTERM.value}: no message", 1)
+
+
+def test_max_norm_needs_the_network_not_its_record(tmp_path: Path) -> None:
+    records, notes = Records(tmp_path / "r.jsonl"), list[str]()
+    records.add(record(cell("glmc")))
+    engine = Local(Job(tmp_path, tmp_path / "work"), 1)
+    progress = run_grid([cell("glmc-maxnorm")], records, engine, note=notes.append)
+    assert progress.left == [cell("glmc-maxnorm")]
+    assert "not in the work folder" in notes[-1]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="kills a worker by signal")
@@ -325,6 +360,8 @@ def kill_worker_of(one: Cell) -> list[int]:
         ("--data-dir nowhere", "no cifar100 under 'nowhere'"),
         ("--jobs 0", "--jobs is 0"),
         ("--engine ray --gpus-per-run -1", "--gpus-per-run is -1.0"),
+        ("--gpus-per-run 0.5", "are for --engine ray"),
+        ("--seeds 0 0", "--seeds is [0, 0]"),
     ],
 )
 def test_bad_value(argv: str, message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def train(data_dir: Path, folder: Path, *options: str) -> Any:
         f"--data-dir {data_dir} --output-dir {folder} --preset small --epochs 3 --warmup-epochs 1 --device cuda".split()
     )
     settings = cifar_lt.settings_from(
-        cifar_lt.build_parser().parse_args([*argv, "--quiet", "--no-tensorboard", "--overwrite", *options])
+        cifar_lt.build_parser().parse_args([*argv, "--quiet", "--no-tensorboard", *options])
     )
     trainer = sys.modules["longtail.engine"].Trainer(settings)
     trainer.run()
@@ -72,5 +72,7 @@ def test_captured_training_equals_eager_training(name: str, data_dir: Path, tmp_
 
 def test_a_captured_run_resumes(data_dir: Path, tmp_path: Path) -> None:
     train(data_dir, tmp_path / "run", "--capture", "--stop-after-epochs", "1")
-    resumed = train(data_dir, tmp_path / "run", "--capture")
+    first = (tmp_path / "run" / "metrics.jsonl").read_text()
+    resumed = train(data_dir, tmp_path / "run", "--capture", "--resume")
     assert resumed.epoch == 3
+    assert (tmp_path / "run" / "metrics.jsonl").read_text().startswith(first), "the first epoch was not repeated"
