@@ -105,8 +105,9 @@ def class_weights(counts: Sequence[int], power: float) -> Tensor:
 class Glmc(Baseline):
     """GLMC training of a CIFAR ResNet.
 
-    The class means are of both looks, with the mixed labels as weights: every image that is trained on counts for the
-    classes it shows, by how much of it shows them. They are aligned with the rebalanced head, which predicts.
+    The class means are of both looks, with the mixed labels as weights: within a batch, every image counts for the
+    classes it shows by how much of it shows them. (Between batches the moving average gives every batch that shows a
+    class the same say.) They are aligned with the rebalanced head, which predicts.
 
     Args:
         model: the network, on the device of the images.
