@@ -39,6 +39,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 import cifar_lt  # noqa: E402
+from longtail.data import MEAN, STD  # noqa: E402
 from longtail.engine import Trainer, environment  # noqa: E402
 from longtail.reporting import write_result  # noqa: E402
 
@@ -50,8 +51,7 @@ class PlainLoop:
         self.trainer = trainer
         images, labels = torch.from_numpy(trainer.data.train_images), torch.from_numpy(trainer.data.train_labels)
         pixels = images.float() / 255
-        mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)))
-        self.padding = trainer.train_set.padding
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
 
         class Augmented(torch.utils.data.Dataset[tuple[torch.Tensor, int]]):
             def __len__(self) -> int:

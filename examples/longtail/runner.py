@@ -34,6 +34,7 @@ class Job:
     attempts: int = 2
 
     def has_network(self, cell: Cell) -> bool:
+        """Return whether the checkpoint of a run is at hand."""
         return (self.work_dir / cell.name / "checkpoint.pt").exists()
 
     def command(self, cell: Cell) -> list[str]:
@@ -93,10 +94,6 @@ class Local:
         self.children = Children()
         self.running: dict[Future[Record], Cell] = {}
 
-    def has_network(self, cell: Cell) -> bool:
-        """Return whether the checkpoint of a finished run is at hand."""
-        return self.job.has_network(cell)
-
     def start(self, cell: Cell) -> None:
         self.running[self.pool.submit(run_cell, cell, self.job, self.children)] = cell
 
@@ -136,10 +133,6 @@ class Ray:
         )
         self.task = ray.remote(run_cell).options(num_cpus=1, num_gpus=gpus, max_retries=job.attempts)
         self.running: dict[Any, Cell] = {}
-
-    def has_network(self, cell: Cell) -> bool:
-        """Return whether the checkpoint of a finished run is at hand."""
-        return self.job.has_network(cell)
 
     def start(self, cell: Cell) -> None:
         self.running[self.task.remote(cell, self.job)] = cell
@@ -192,14 +185,18 @@ def run_grid(
     note(f"{len(cells) - len(todo)} of {len(cells)} runs are done already, {len(todo)} to go")
     # Of a method without a record, the longest of the others is the best guess.
     lengths: dict[tuple[str, str], float] = {}
+
+    def learn(record: Record) -> None:
+        key = (record["method"], record["preset"])
+        lengths[key] = max(lengths.get(key, 0.0), float(record["seconds"]))
+
     for record in records.read():
         if "failed" not in record:
-            key = (record["method"], record["preset"])
-            lengths[key] = max(lengths.get(key, 0.0), float(record["seconds"]))
+            learn(record)
 
     def ready(cell: Cell) -> bool:
         stage = cell.first_stage()
-        return stage is None or (stage.name in done and engine.has_network(stage))
+        return stage is None or (stage.name in done and engine.job.has_network(stage))
 
     def in_budget(cell: Cell) -> bool:
         longest = max((value for key, value in lengths.items() if key[1] == cell.preset), default=0.0)
@@ -223,8 +220,7 @@ def run_grid(
                     continue
                 done.add(cell.name)
                 progress.finished.append(cell)
-                key = (cell.method, cell.preset)
-                lengths[key] = max(lengths.get(key, 0.0), float(record["seconds"]))
+                learn(record)
                 note(
                     f"{cell.name}: {record['accuracy_last']['balanced']:.2f} %, alignment "
                     f"{record['alignment']['all']:.3f}, {record['seconds']:.0f} s; {len(todo)} to go"
