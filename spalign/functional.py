@@ -19,6 +19,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from spalign import host
+
 __all__ = [
     "BatchShare",
     "RotatedRows",
@@ -71,14 +73,12 @@ class _Batch(NamedTuple):
     """Features and labels in one form: sample weights instead of special values.
 
     h_ND in the dtype of the maths; labels_N int64 and weight_N in {0, 1} for class indices, or labels None and
-    weight_NC >= 0 for soft labels. Samples to pass over weigh 0; their features may hold anything. ``clean`` says that
-    there are none.
+    weight_NC >= 0 for soft labels. Samples to pass over weigh 0; their features may hold anything.
     """
 
     h: Tensor
     weight: Tensor
     labels: Tensor | None
-    clean: bool = False
 
 
 def _math_dtype(*tensors: Tensor) -> torch.dtype:
@@ -103,13 +103,8 @@ def _zero_non_finite_(x: Tensor) -> Tensor:
     return x.nan_to_num_(0.0, 0.0, 0.0)
 
 
-def _parse_batch(
-    features: Tensor, targets: Tensor, num_classes: int, ignore_index: int, dtype: torch.dtype, clean: bool = False
-) -> _Batch:
-    """Parse a batch. ``clean`` says that targets are labels of classes to take in, and features finite, throughout."""
+def _parse_batch(features: Tensor, targets: Tensor, num_classes: int, ignore_index: int, dtype: torch.dtype) -> _Batch:
     h_ND = features.to(dtype)
-    if clean:
-        return _Batch(h_ND, h_ND.new_ones(len(h_ND)), targets.long(), clean)
     # A row sum is finite exactly when every entry is (unless it overflows, and then the mean would too).
     usable_N = _is_finite(h_ND.sum(1))
     if not targets.is_floating_point():
@@ -130,12 +125,11 @@ def _parse_batch(
 
 
 def _batch_statistics(batch: _Batch, num_classes: int) -> tuple[Tensor, Tensor]:
-    h_ND = batch.h if batch.clean else torch.nan_to_num(batch.h, 0.0, 0.0, 0.0)
+    h_ND = torch.nan_to_num(batch.h, 0.0, 0.0, 0.0)
     if batch.labels is None:
         with _no_autocast(h_ND):
             return batch.weight.t() @ h_ND, batch.weight.sum(0)
-    if not batch.clean:
-        h_ND = h_ND.mul_(batch.weight.unsqueeze(1))
+    h_ND = h_ND.mul_(batch.weight.unsqueeze(1))
     sum_CD = h_ND.new_zeros(num_classes, h_ND.shape[1]).index_add_(0, batch.labels, h_ND)
     return sum_CD, h_ND.new_zeros(num_classes).index_add_(0, batch.labels, batch.weight)
 
@@ -220,8 +214,7 @@ def _update_from_rows_(
     before_ND, row_ND = mean_CD.new_empty(2, *batch.h.shape).unbind()
     torch.index_select(mean_CD, 0, labels_N, out=before_ND)
     torch.sub(batch.h, before_ND, out=row_ND)
-    if not batch.clean:
-        _zero_non_finite_(row_ND)
+    _zero_non_finite_(row_ND)
     mean_CD.index_add_(0, labels_N, row_ND.mul_(rate_N.unsqueeze(1)))
     if mean_sum_D is not None:
         # What the means really moved by, not what they should have: a mean that has converged stops a rounding error
@@ -279,7 +272,6 @@ def update_class_means_(
     )
 
 
-@torch.no_grad()
 def _absorb_batch_(
     mean_CD: Tensor,
     weight_C: Tensor,
@@ -289,23 +281,44 @@ def _absorb_batch_(
     momentum: float | None,
     ignore_index: int,
     mean_sum_D: Tensor | None,
-    clean: bool = False,
+    usable: bool | None = None,
     reduce: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     feature_scale: int = 1,
 ) -> BatchShare:
     """:func:`update_class_means_`, with ``reduce`` adding up the statistics of several ranks before they are used.
 
-    ``clean`` says that all labels are known to be class indices and all features finite. ``feature_scale`` multiplies
-    the share: gradients of a loss that every rank computes in full are averaged over the ranks, but each rank's
-    features exist on that rank alone (pitfall C3).
+    ``usable`` says whether all targets are labels in [0, C) and none to be ignored, if that is known.
+    ``feature_scale`` multiplies the share: gradients of a loss that every rank computes in full are averaged over the
+    ranks, but each rank's features exist on that rank alone (pitfall C3).
     """
-    features = features.detach()
     if reduce is None and torch.compiler.is_compiling():
         mean_sum_D = mean_CD.new_zeros(mean_CD.shape[1]) if mean_sum_D is None else mean_sum_D
-        targets = targets.detach()
-        rate, labels_N = _opaque_update(mean_CD, weight_C, mean_sum_D, features, targets, momentum, ignore_index)
+        arguments = (mean_CD, weight_C, mean_sum_D, features.detach(), targets.detach(), momentum, ignore_index)
+        rate, labels_N = _opaque_update(*arguments)
         return BatchShare(rate, None if targets.is_floating_point() else labels_N)
-    batch = _parse_batch(features, targets, mean_CD.shape[0], ignore_index, mean_CD.dtype, clean)
+    num_classes = len(mean_CD)
+    if reduce is None and host.can_read(features):
+        if usable is None:
+            usable = host.all_usable(targets, num_classes, ignore_index)
+        if usable:
+            labels_N = targets.long()
+            rate_N = host.update_class_means_(mean_CD, weight_C, mean_sum_D, features, labels_N, momentum)
+            if rate_N is not None:
+                return BatchShare(rate_N, labels_N)
+    with torch.no_grad():
+        batch = _parse_batch(features.detach(), targets, num_classes, ignore_index, mean_CD.dtype)
+        return _absorb_parsed_(mean_CD, weight_C, batch, momentum, mean_sum_D, reduce, feature_scale)
+
+
+def _absorb_parsed_(
+    mean_CD: Tensor,
+    weight_C: Tensor,
+    batch: _Batch,
+    momentum: float | None,
+    mean_sum_D: Tensor | None,
+    reduce: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
+    feature_scale: int,
+) -> BatchShare:
     if batch.labels is not None and reduce is None and len(batch.labels) < len(mean_CD):
         rate_N = _update_from_rows_(mean_CD, weight_C, batch, batch.labels, momentum, mean_sum_D)
         return BatchShare(rate_N, batch.labels)
@@ -318,8 +331,7 @@ def _absorb_batch_(
         rate_C = rate_C * feature_scale
     if batch.labels is None:
         return BatchShare(batch.weight * rate_C, None)
-    rate_N = rate_C.index_select(0, batch.labels)
-    return BatchShare(rate_N if batch.clean else rate_N.mul_(batch.weight), batch.labels)
+    return BatchShare(rate_C.index_select(0, batch.labels).mul_(batch.weight), batch.labels)
 
 
 @torch.library.custom_op("spalign::update_class_means", mutates_args=("mean", "weight", "mean_sum"))
@@ -805,8 +817,11 @@ def project_gradient(
         across_CD, aa_C = _across(rows)
         undefined_C = _row_mask(aa_C * rows.inv_d * rows.inv_d <= (16 * torch.finfo(aa_C.dtype).eps) ** 2)
         p_C = (_dots(g_CD, across_CD) / aa_C).clamp_(min=0.0).masked_fill_(undefined_C, 0.0)
-        projected_CD = torch.addcmul(g_CD, across_CD, _column(p_C), value=gamma - 1.0)
+        # g - (1 - gamma) (p across + along w), with across = d - k w written out: one pass less over the rows.
+        by_d_C, inv_ww_C = p_C * (gamma - 1.0), rows.inv_w * rows.inv_w
+        by_w_C = -by_d_C * rows.wd * inv_ww_C
         if radial == "paper":
-            along_C = (_dots(g_CD, rows.w) * rows.inv_w * rows.inv_w).masked_fill_(~_row_mask(rows.valid), 0.0)
-            projected_CD = torch.addcmul(projected_CD, rows.w, _column(along_C), value=gamma - 1.0)
+            along_C = (_dots(g_CD, rows.w) * inv_ww_C).masked_fill_(~_row_mask(rows.valid), 0.0)
+            by_w_C = torch.add(by_w_C, along_C, alpha=gamma - 1.0)
+        projected_CD = torch.addcmul(torch.addcmul(g_CD, rows.d, _column(by_d_C)), rows.w, _column(by_w_C))
         return projected_CD.to(grad_CD.dtype)

@@ -81,9 +81,9 @@ class SpARegLoss(nn.Module):
             weight_CD = weight_CD.detach()
         share = None
         if features is not None and targets is not None:
-            features, targets, clean = self.tracker._checked(features, targets)
+            features, targets, usable = self.tracker._checked(features, targets)
             if self.training:
-                share = self.tracker._absorb(features, targets, clean)
+                share = self.tracker._absorb(features, targets, usable)
         mean_CD, alignable_C, center_D = self.tracker._geometry()
         return functional.alignment_loss(
             weight_CD,

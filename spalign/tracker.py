@@ -1,14 +1,14 @@
 """Running class means of features: the one state that the three strategies share."""
 
-import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from spalign import distributed, functional
+from spalign import distributed, functional, host
 from spalign.classifier import Classifier, ClassifierLike
 from spalign.distributed import Group
 from spalign.functional import BatchShare
@@ -16,14 +16,6 @@ from spalign.functional import BatchShare
 __all__ = ["ClassMeanTracker"]
 
 _HALF = (torch.float16, torch.bfloat16)
-_UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-
-
-def _known_finite(features: Tensor) -> bool:
-    """Return whether features can be read here without waiting, and are finite (and their sum, which shows it)."""
-    if type(features) not in (Tensor, nn.Parameter) or not features.is_cpu or features.dtype in _HALF:
-        return False
-    return math.isfinite(features.detach().sum().numpy())
 
 
 class ClassMeanTracker(nn.Module):
@@ -166,10 +158,10 @@ class ClassMeanTracker(nn.Module):
         so that averaged gradients equal those of one process (pitfall C3). The result is a copy: later updates do not
         touch it. In evaluation mode the state is returned as it is. Arguments and errors as :meth:`update`.
         """
-        flat_ND, flat_targets, clean = self._checked(features, targets)
+        flat_ND, flat_targets, usable = self._checked(features, targets)
         if not self.training:
             return self.mean.clone()
-        share = self._absorb(flat_ND, flat_targets, clean)
+        share = self._absorb(flat_ND, flat_targets, usable)
         return functional.attach_features(self.mean, flat_ND, share)
 
     def reset(self) -> None:
@@ -208,18 +200,19 @@ class ClassMeanTracker(nn.Module):
         center_D = (self.mean_sum / num_seen.clamp(min=1)).to(self.mean.dtype)
         return self.mean, seen_C & (num_seen > 1), center_D
 
-    def _absorb(self, features: Tensor, targets: Tensor, clean: bool) -> BatchShare:
+    def _absorb(self, features: Tensor, targets: Tensor, usable: bool) -> BatchShare:
         """Take in a batch that passed :meth:`_checked`. Return how far each sample moved the means."""
         ranks = distributed.world_size(self.process_group)
+        state: Any = self._buffers  # which is faster than a module's attributes
         return functional._absorb_batch_(
-            self.mean,
-            self.weight,
+            state["mean"],
+            state["weight"],
             features,
             targets,
             momentum=self.momentum,
             ignore_index=self.ignore_index,
-            mean_sum_D=self.mean_sum,
-            clean=clean,
+            mean_sum_D=state["mean_sum"],
+            usable=usable,
             reduce=None if ranks == 1 else self._reduce,
             feature_scale=ranks,
         )
@@ -232,35 +225,37 @@ class ClassMeanTracker(nn.Module):
 
         Returns:
             features (N, D) and targets (N,) or (N, C), dense predictions flattened; and whether all targets are known
-            to be class indices in [0, C), none of them to be ignored, and all features to be finite.
+            to be class indices in [0, C), none of them to be ignored.
         """
-        shape, dim = tuple(features.shape), self.feature_dim
-        if features.ndim < 2 or shape[1] != dim:
+        shape, dim = features.shape, self.feature_dim
+        if len(shape) < 2 or shape[1] != dim:
             raise ValueError(
-                f"features have shape {shape}, expected (N, {dim}) or (N, {dim}, ...): pass what the classifier takes "
-                "in (spalign.FeatureCapture records it), class dimension second"
+                f"features have shape {tuple(shape)}, expected (N, {dim}) or (N, {dim}, ...): pass what the classifier "
+                "takes in (spalign.FeatureCapture records it), class dimension second"
             )
         if not features.is_floating_point():
             raise ValueError(f"features have dtype {features.dtype}, expected a float dtype; pass features.float()")
         soft = targets.is_floating_point()
-        expected = (shape[0], self.num_classes, *shape[2:]) if soft else (shape[0], *shape[2:])
-        if targets.dtype == torch.bool or targets.is_complex():
+        if targets.dtype is torch.bool or targets.is_complex():
             raise ValueError(f"targets have dtype {targets.dtype}, expected integer class indices or float soft labels")
-        if tuple(targets.shape) != expected:
+        expected = (shape[0], self.num_classes, *shape[2:]) if soft else (shape[0], *shape[2:])
+        if targets.shape != expected:
             raise ValueError(
                 f"targets have shape {tuple(targets.shape)} and dtype {targets.dtype}, expected {expected} for "
-                f"features of shape {shape}: class indices as integers (N, ...), soft labels as floats (N, C, ...)"
+                f"features of shape {tuple(shape)}: class indices as integers (N, ...), soft labels as floats "
+                "(N, C, ...)"
             )
-        device = self.mean.device
+        state: Any = self._buffers  # which is faster than a module's attributes
+        device = state["mean"].device
         if features.device != device or targets.device != device:
             self._check_device("features are", features)
             self._check_device("targets are", targets)
         readable = type(targets) is Tensor and targets.is_cpu and not torch.compiler.is_compiling()
-        clean = readable and self._check_values(targets) and _known_finite(features)
+        usable = readable and self._check_values(targets)
         if len(shape) > 2:
             features = features.movedim(1, -1).reshape(-1, dim)
             targets = targets.movedim(1, -1).reshape(-1, self.num_classes) if soft else targets.reshape(-1)
-        return features, targets, clean
+        return features, targets, usable
 
     def _check_device(self, what: str, tensor: Tensor) -> None:
         if tensor.device != self.mean.device:
@@ -289,11 +284,10 @@ class ClassMeanTracker(nn.Module):
             if lowest < 0:
                 raise ValueError(f"soft labels contain {lowest:.6g}, expected weights of at least 0")
             return False
-        labels, ignored, c = targets.numpy(), self.ignore_index, self.num_classes
-        # Read as unsigned, negative labels are large, so the maximum says it all; argmax is how numpy finds it fastest.
-        unsigned = labels.reshape(-1).view(_UNSIGNED[labels.itemsize])
-        if unsigned[unsigned.argmax()] < c:
+        ignored, c = self.ignore_index, self.num_classes
+        if host.all_within(targets, c):
             return not 0 <= ignored < c
+        labels = targets.numpy()
         wrong = labels[((labels < 0) | (labels >= c)) & (labels != ignored)]
         if wrong.size:
             raise ValueError(

@@ -1,8 +1,9 @@
 """No operation of update, loss, projection or rotation makes the host wait for the device (pitfall D1).
 
-Three nets: the operations dispatched on the CPU are recorded, and none reads a value or sizes its result by one; the
-same steps run on the meta device, whose tensors have no values to read; and the source holds no call that would read
-one. The CUDA check is in gpu/test_gpu.py.
+Three nets: the operations dispatched on the CPU are recorded, and none reads a value or sizes its result by one (with
+the way that only CPU batches take closed, so that they go the way of a device's); the same steps run on the meta
+device, whose tensors have no values to read; and the source holds no call that would read one. The CUDA check is in
+gpu/test_gpu.py.
 """
 
 import ast
@@ -154,7 +155,8 @@ STEPS: dict[str, Callable[[str], None]] = {
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_no_dispatched_operation_waits_for_the_device(name: str) -> None:
+def test_no_dispatched_operation_waits_for_the_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spalign.host.can_read", lambda features: False)
     with Recorder() as recorder:
         STEPS[name]("cpu")
     assert len(recorder.operations) > 10
@@ -182,7 +184,8 @@ FUNCTIONALS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], object
 
 @pytest.mark.parametrize("name", FUNCTIONALS)
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_functionals(name: str, device: str) -> None:
+def test_functionals(name: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spalign.host.can_read", lambda features: False)
     p = make_problem(1, num_classes=C, dim=D, dtype=torch.float32)
     tensors = [x.to(device) for x in (*p, torch.arange(C))]
     with Recorder() as recorder:
@@ -212,10 +215,10 @@ def test_the_recorder_sees_what_it_is_there_for(sync: Callable[[Tensor], object]
 
 
 def test_the_source_reads_no_tensor_value() -> None:
-    """Methods that copy to the host; ``.numpy()`` only reads what is on the CPU already."""
+    """Methods that copy to the host; numpy's only read what is on the CPU already."""
     package = Path(inspect.getfile(sys.modules["spalign"])).parent
     found = []
-    core = ("functional", "tracker", "reg", "slerp", "proj", "classifier", "distributed")
+    core = ("functional", "host", "tracker", "reg", "slerp", "proj", "classifier", "distributed")
     for file in (package / f"{name}.py" for name in core):
         tree = ast.parse(file.read_text())
         for node in ast.walk(tree):
@@ -223,4 +226,4 @@ def test_the_source_reads_no_tensor_value() -> None:
                 name = node.func.attr
                 if name in {"item", "tolist", "cpu", "nonzero", "unique", "bincount", "numpy", "masked_select"}:
                     found.append((file.stem, name))
-    assert all(f == ("tracker", "numpy") for f in found), found
+    assert set(found) <= {("tracker", "numpy"), ("host", "numpy"), ("host", "bincount")}, found
