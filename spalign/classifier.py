@@ -12,7 +12,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _WeightNorm
 
-from spalign.distributed import full_tensor, shard_like, to_local
+from spalign.distributed import full_tensor, is_sharded, shard_like, to_local
 
 __all__ = ["Classifier", "ClassifierLike"]
 
@@ -135,6 +135,8 @@ class Classifier:
 
     def localize(self, x: Tensor) -> Tensor:
         """Cut (C, D) or (C, 1) values that every rank holds to the rows of this rank's shard of the weight."""
+        if not is_sharded(self._stored()):
+            return x
         return self.as_rows(to_local(shard_like(self.as_stored(x), self._stored())))
 
     def same_weight(self, other: "Classifier") -> bool:

@@ -8,7 +8,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Group", "all_reduce_statistics", "full_tensor", "shard_like", "sharded_along", "to_local", "world_size"]
+__all__ = [
+    "Group",
+    "all_reduce_statistics",
+    "full_tensor",
+    "is_sharded",
+    "shard_like",
+    "sharded_along",
+    "to_local",
+    "world_size",
+]
 
 if TYPE_CHECKING:
     Group: TypeAlias = dist.ProcessGroup | EllipsisType | None
@@ -42,6 +51,11 @@ def _as_dtensor(x: Tensor) -> Any:
     # A DTensor exists only where its module was imported; importing it here would slow every `import spalign`.
     module = sys.modules.get("torch.distributed.tensor")
     return x if module is not None and isinstance(x, module.DTensor) else None
+
+
+def is_sharded(x: Tensor) -> bool:
+    """Return whether ``x`` is a ``DTensor``."""
+    return _as_dtensor(x) is not None
 
 
 def full_tensor(x: Tensor) -> Tensor:

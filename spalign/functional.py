@@ -492,17 +492,15 @@ def _dots(x_CD: Tensor, y_CD: Tensor) -> Tensor:
 def _centered(
     mean_CD: Tensor, seen_C: Tensor, center_D: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return d_CD = mu - mu_G, |d_c|^2, and whether the class has a direction (if its row is finite)."""
+    """Return d_CD = mu - mu_G, the least |d_c|^2 that is a direction (0-dim), and the classes that may have one."""
     floor = 16 * torch.finfo(_math_dtype(mean_CD)).eps
     mean_CD = mean_CD.to(dtype)
     if center_D is None:
         center_D = global_mean(mean_CD, seen_C)
         seen_C = seen_C & (seen_C.sum() > 1)  # a single class lies on the global mean
     center_D = center_D.to(dtype)
-    d_CD = mean_CD - center_D
-    dd_C = _dots(d_CD, d_CD)
     # A difference of this size is the rounding of its terms: it points nowhere.
-    return d_CD, dd_C, seen_C & (dd_C > floor**2 * torch.dot(center_D, center_D))
+    return mean_CD - center_D, floor**2 * torch.dot(center_D, center_D), seen_C
 
 
 def _rows(
@@ -510,23 +508,47 @@ def _rows(
 ) -> _Rows:
     dtype = _math_dtype(weight_CD, mean_CD)
     w_CD = weight_CD.to(dtype)
-    d_CD, dd_C, valid_C = _centered(mean_CD, seen_C, center_D, dtype)
-    valid_C = _row_mask(valid_C) if one_pass else valid_C
-    ww_C = _dots(w_CD, w_CD)
+    d_CD, least, seen_C = _centered(mean_CD, seen_C, center_D, dtype)
+    dd_C, ww_C, wd_C = _dots(d_CD, d_CD), _dots(w_CD, w_CD), _dots(w_CD, d_CD)
     inv_w_C, inv_d_C = ww_C.rsqrt(), dd_C.rsqrt()
     # The inverse of a norm is not positive where the row is not finite, and infinite where it is zero.
-    valid_C = valid_C & (ww_C > 0) & (torch.minimum(inv_w_C, inv_d_C) > 0)
+    valid_C = seen_C & (dd_C > least) & (ww_C > 0) & (torch.minimum(inv_w_C, inv_d_C) > 0)
+    valid_C = _row_mask(valid_C) if one_pass else valid_C
+    return _masked_rows(w_CD, d_CD, inv_w_C, inv_d_C, wd_C, valid_C)
+
+
+def _masked_rows(w_CD: Tensor, d_CD: Tensor, inv_w_C: Tensor, inv_d_C: Tensor, wd_C: Tensor, valid_C: Tensor) -> _Rows:
     invalid_C = ~valid_C
     inv_w_C, inv_d_C = inv_w_C.masked_fill_(invalid_C, 0.0), inv_d_C.masked_fill_(invalid_C, 0.0)
-    wd_C = _dots(w_CD, d_CD).masked_fill_(invalid_C, 0.0)
+    wd_C = wd_C.masked_fill_(invalid_C, 0.0)
     cos_C = (wd_C * inv_w_C * inv_d_C).clamp_(-1.0, 1.0)
     return _Rows(w_CD, d_CD, inv_w_C, inv_d_C, wd_C, cos_C, valid_C)
 
 
-def _across(rows: _Rows) -> tuple[Tensor, Tensor]:
-    """Return the part of d across w, (C, D), and its squared norms, as they are: 1 - cos^2 cancels at small angles."""
-    across_CD = rows.d - rows.w * _column(rows.wd * rows.inv_w * rows.inv_w)
-    return across_CD, _dots(across_CD, across_CD)
+class _Across(NamedTuple):
+    """The part of d across w, ``d - k w`` (C, D), with k (C,) and its squared norm (C,) as it is: 1 - cos^2 cancels."""
+
+    vector: Tensor
+    k: Tensor
+    squared: Tensor
+
+
+def _rows_across(weight_CD: Tensor, mean_CD: Tensor, seen_C: Tensor, center_D: Tensor | None) -> tuple[_Rows, _Across]:
+    """Return rows, in one pass where compiled, and what of d lies across w. Two of the dots give |d|^2 for free."""
+    dtype = _math_dtype(weight_CD, mean_CD)
+    w_CD = weight_CD.to(dtype)
+    d_CD, least, seen_C = _centered(mean_CD, seen_C, center_D, dtype)
+    ww_C, wd_C = _dots(w_CD, w_CD), _dots(w_CD, d_CD)
+    inv_w_C = ww_C.rsqrt()
+    has_row_C = _row_mask((ww_C > 0) & (inv_w_C > 0))
+    k_C = (wd_C * inv_w_C * inv_w_C).masked_fill_(~has_row_C, 0.0)
+    across_CD = d_CD - w_CD * _column(k_C)
+    aa_C = _dots(across_CD, across_CD)
+    dd_C = torch.addcmul(aa_C, k_C, wd_C)
+    inv_d_C = dd_C.rsqrt()
+    valid_C = _row_mask(seen_C & has_row_C & (dd_C > least) & (inv_d_C > 0))
+    rows = _masked_rows(w_CD, d_CD, inv_w_C, inv_d_C, wd_C, valid_C)
+    return rows, _Across(across_CD, k_C, aa_C)
 
 
 def directions(mean_CD: Tensor, seen_C: Tensor, *, center_D: Tensor | None = None) -> Tensor:
@@ -545,8 +567,9 @@ def directions(mean_CD: Tensor, seen_C: Tensor, *, center_D: Tensor | None = Non
         >>> directions(torch.tensor([[3., 0.], [1., 0.], [9., 9.]]), torch.tensor([True, True, False])).tolist()
         [[1.0, 0.0], [-1.0, 0.0], [0.0, 0.0]]
     """
-    d_CD, dd_C, valid_C = _centered(mean_CD, seen_C, center_D, _math_dtype(mean_CD))
-    valid_C = valid_C & _is_finite(dd_C)
+    d_CD, least, seen_C = _centered(mean_CD, seen_C, center_D, _math_dtype(mean_CD))
+    dd_C = _dots(d_CD, d_CD)
+    valid_C = seen_C & (dd_C > least) & _is_finite(dd_C)
     inv_d_C = torch.where(valid_C, torch.where(valid_C, dd_C, 1.0).rsqrt(), 0.0)
     return (d_CD * inv_d_C.unsqueeze(1)).to(mean_CD.dtype)
 
@@ -750,9 +773,8 @@ def slerp(
         ([[1.4142, 1.4142], [-1.0, 0.0]], [True, False])
     """
     with torch.no_grad():
-        rows = _rows(weight_CD, mean_CD, seen_C, center_D, one_pass=True)
-        across_CD, aa_C = _across(rows)
-        sin_C = aa_C.sqrt() * rows.inv_d
+        rows, across = _rows_across(weight_CD, mean_CD, seen_C, center_D)
+        sin_C = across.squared.sqrt() * rows.inv_d
         angle_C = torch.atan2(sin_C, rows.cos)
         below_C = rows.valid & (rows.cos < threshold)
         antipodal_C = below_C & (angle_C > math.pi - _ANTIPODAL_MARGIN)
@@ -764,9 +786,9 @@ def slerp(
         to_C = torch.where(small_C, alpha_C, torch.sin(alpha_C * angle_C) / torch.where(small_C, 1.0, sin_C))
         to_C, from_C = to_C * rows.inv_d / torch.where(rotate_C, rows.inv_w, 1.0), torch.cos(alpha_C * angle_C)
         # Near 0 and pi, rounding leaves the part across not quite across, which would show in the norm.
-        cross_C = to_C * (to_C * aa_C + 2.0 * from_C * _dots(rows.w, across_CD)) * rows.inv_w * rows.inv_w
+        cross_C = to_C * (to_C * across.squared + 2.0 * from_C * _dots(rows.w, across.vector)) * rows.inv_w * rows.inv_w
         scale_C = (from_C * from_C + cross_C).rsqrt()
-        new_CD = rows.w * _column(from_C * scale_C) + across_CD * _column(to_C * scale_C)
+        new_CD = rows.w * _column(from_C * scale_C) + across.vector * _column(to_C * scale_C)
         new_CD = new_CD.to(weight_CD.dtype)
         return RotatedRows(torch.where(_column(rotate_C), new_CD, weight_CD), rotate_C, antipodal_C)
 
@@ -812,16 +834,15 @@ def project_gradient(
         [[1.0, 4.0], [0.0, 1.0]]
     """
     with torch.no_grad():
-        rows = _rows(weight_CD, mean_CD, seen_C, center_D, one_pass=True)
-        g_CD = grad_CD.to(rows.w.dtype)
-        across_CD, aa_C = _across(rows)
+        rows, across = _rows_across(weight_CD, mean_CD, seen_C, center_D)
+        g_CD, aa_C = grad_CD.to(rows.w.dtype), across.squared
         undefined_C = _row_mask(aa_C * rows.inv_d * rows.inv_d <= (16 * torch.finfo(aa_C.dtype).eps) ** 2)
-        p_C = (_dots(g_CD, across_CD) / aa_C).clamp_(min=0.0).masked_fill_(undefined_C, 0.0)
+        p_C = (_dots(g_CD, across.vector) / aa_C).clamp_(min=0.0).masked_fill_(undefined_C, 0.0)
         # g - (1 - gamma) (p across + along w), with across = d - k w written out: one pass less over the rows.
-        by_d_C, inv_ww_C = p_C * (gamma - 1.0), rows.inv_w * rows.inv_w
-        by_w_C = -by_d_C * rows.wd * inv_ww_C
+        by_w_C = -p_C * across.k
         if radial == "paper":
-            along_C = (_dots(g_CD, rows.w) * inv_ww_C).masked_fill_(~_row_mask(rows.valid), 0.0)
-            by_w_C = torch.add(by_w_C, along_C, alpha=gamma - 1.0)
-        projected_CD = torch.addcmul(torch.addcmul(g_CD, rows.d, _column(by_d_C)), rows.w, _column(by_w_C))
+            along_C = _dots(g_CD, rows.w) * rows.inv_w * rows.inv_w
+            by_w_C = by_w_C + along_C.masked_fill_(~_row_mask(rows.valid), 0.0)
+        projected_CD = torch.addcmul(g_CD, rows.d, _column(p_C), value=gamma - 1.0)
+        projected_CD = torch.addcmul(projected_CD, rows.w, _column(by_w_C), value=gamma - 1.0)
         return projected_CD.to(grad_CD.dtype)

@@ -7,7 +7,6 @@ Shapes: N samples, C classes, D feature dimensions, K classes in the batch.
 """
 
 import math
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -68,8 +67,8 @@ def update_class_means_(
     if h_ND.dtype is not mean.dtype:
         h_ND = h_ND.astype(mean.dtype)
     few = max(len(h_ND), len(mean)) * mean.shape[1] <= _FEW
-    # A sum is finite where all its terms are, unless it overflows, and then a mean would too.
-    if not math.isfinite(_sum(h_ND) if few else torch.from_numpy(h_ND).sum().numpy()):
+    # Finite where all terms are, unless it overflows: then the general way looks again.
+    if not math.isfinite(np.vdot(h_ND, h_ND) if few else torch.from_numpy(h_ND).sum().numpy()):
         return None
     if few:
         rate_N, row_ND = _rows_(mean, weight, h_ND, labels, momentum)
@@ -83,9 +82,6 @@ def update_class_means_(
     return torch.from_numpy(rate_N)
 
 
-_sum = np.errstate(all="ignore")(partial(np.add.reduce, axis=None))
-
-
 def _share(before: _Floats, count: _Ints, momentum: float | None) -> Any:
     """Return the share of the batch in the new mean, for classes of some weight before and a count in the batch > 0."""
     return count / (before + count) if momentum is None else np.where(before, momentum, 1.0)
@@ -97,7 +93,9 @@ def _rows_(
     """Count the batch in the weights, and return the rate of each sample and ``r (h - mean)``: a few cheap calls."""
     count_C = np.bincount(labels, minlength=len(mean))
     divisor_C = np.maximum(count_C, 1)
-    rate_N = (_share(weight, divisor_C, momentum) / divisor_C).astype(mean.dtype).take(labels)
+    known = np.count_nonzero(weight) == len(weight)
+    share_C = momentum if known and momentum is not None else _share(weight, divisor_C, momentum)
+    rate_N = (share_C / divisor_C).astype(mean.dtype).take(labels)
     weight += count_C
     row_ND = mean.take(labels, 0)
     np.subtract(h_ND, row_ND, out=row_ND)

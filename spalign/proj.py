@@ -160,7 +160,7 @@ class SpAProj(Optimizer):
         if isinstance(sign, Tensor):
             # A row that points against its leaf is aligned by turning the leaf to the mirror image of the mean.
             mean_CD = center_D + (mean_CD - center_D) * self.classifier.as_rows(sign)
-        if by_rows:
+        if by_rows and distributed.is_sharded(direction):
             mean_CD = self.classifier.localize(mean_CD)
             alignable_C = self.classifier.localize(alignable_C.unsqueeze(1))[:, 0]
         projected_CD = functional.project_gradient(
