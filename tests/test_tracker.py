@@ -472,3 +472,13 @@ def test_lightly_used_classes_do_not_cost_time_in_the_hard_path(
     with Largest() as largest:  # type: ignore[no-untyped-call]
         tracker.update(torch.ones(4, 4), torch.tensor([1, 5, 5, 99_999]))
     assert largest.numel < 1000
+
+
+def test_a_single_class_has_no_direction_however_its_sum_was_rounded() -> None:
+    """It lies on the global mean, which is kept apart from it: their difference is rounding and points nowhere."""
+    tracker = spalign.ClassMeanTracker(C, D)
+    tracker.update(torch.ones(2, D), torch.tensor([1, 1]))
+    tracker.mean_sum.mul_(torch.linspace(1, 1.001, D))
+    assert tracker.seen.sum() == 1
+    assert not tracker.directions().any()
+    assert spalign.SpARegLoss(nn.Linear(D, C), tracker)().item() == 0.0
