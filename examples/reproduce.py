@@ -23,8 +23,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import cifar_lt
 from longtail.data import find_folder
-from longtail.grid import FAMILIES, PRESETS, SEEDS, SETTINGS, STRATEGIES, Records, cells
+from longtail.grid import FAMILIES, PRESETS, SEEDS, SETTINGS, STRATEGIES, Cell, Record, Records, cell_of, cells
 from longtail.runner import Job, Local, Ray, run_grid
 from longtail.table import draw, markdown
 
@@ -68,6 +69,30 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def check_options(chosen: Sequence[Cell], records: Sequence[Record], job: Job) -> None:
+    """Refuse to count runs that had other options as done.
+
+    Raises:
+        ValueError: an option of `cifar_lt.py` is bad, or a recorded run differs in one that decides its outcome.
+    """
+    parser = cifar_lt.build_parser()
+    outcomes = {
+        cell.name: cifar_lt.settings_from(parser.parse_args(job.command(cell)[2:])).outcome() for cell in chosen
+    }
+    for record in records:
+        name = cell_of(record).name
+        if name not in outcomes or "options" not in record:
+            continue
+        for option, now in outcomes[name].items():
+            # Options that came later had their default then. How a step is executed changes no outcome.
+            then = record["options"].get(option, now)
+            if option not in ("compile", "capture", "first-stage") and then != now:
+                raise ValueError(
+                    f"the run {name} was recorded with --{option} {then} and would now have {now}: keep such runs "
+                    "apart with another --records file and another --work-dir, or repeat the original --options"
+                )
+
+
 def run(args: argparse.Namespace) -> int:
     if args.jobs < 1 or args.attempts < 1:
         raise ValueError(f"--jobs is {args.jobs} and --attempts {args.attempts}; expected 1 or more")
@@ -94,8 +119,8 @@ def run(args: argparse.Namespace) -> int:
     for dataset in {cell.dataset for cell in chosen}:
         find_folder(dataset, args.data_dir)
     records = Records(args.records)
-    records.read()
     job = Job(args.data_dir.resolve(), args.work_dir.resolve(), tuple(shlex.split(args.options)), args.attempts)
+    check_options(chosen, records.read(), job)
     engine: Local | Ray
     if args.engine == "ray":
         engine = Ray(job, args.jobs, gpus=args.gpus_per_run, address=args.ray_address)

@@ -369,6 +369,29 @@ def test_bad_value(argv: str, message: str, capsys: pytest.CaptureFixture[str], 
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("then", "options", "message"),
+    [
+        ({"epochs": 2}, "", "recorded with --epochs 2 and would now have 40"),
+        ({"epochs": 40}, "--epochs 9", "recorded with --epochs 40 and would now have 9"),
+        ({"epochs": 40, "capture": True}, "--threads 1", None),
+        ({}, "--lr 0.1", None),
+    ],
+)
+def test_runs_with_other_options_do_not_count_as_done(
+    then: dict[str, Any], options: str, message: str | None, tmp_path: Path
+) -> None:
+    """A trial with two epochs must not pass for the real run; what changes no outcome may change."""
+    job = Job(tmp_path, tmp_path, tuple(options.split()))
+    chosen, records = [cell(), cell("arb")], [record(cell(), options=then), {**vars(cell("arb")), "failed": "died"}]
+    if message is None:
+        reproduce.check_options(chosen, records, job)
+        return
+    with pytest.raises(ValueError, match=message):
+        reproduce.check_options(chosen, records, job)
+    reproduce.check_options(chosen[1:], records, job)
+
+
 @pytest.mark.parametrize("argv", ["--methods best", "--budget soon", "--imbalances 7", "--aligns all", "--preset huge"])
 def test_bad_syntax(argv: str) -> None:
     with pytest.raises(SystemExit) as caught:
