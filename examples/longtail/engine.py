@@ -334,10 +334,20 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def git_commit() -> str | None:
-    """Return the commit that this file is in, with `-dirty` when files were changed since; None without git."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
+    """Return the commit of this repository, with `-dirty` when library or examples differ; None without git.
+
+    A grid writes its records into the repository: those do not count.
+    """
+    root = Path(__file__).resolve().parents[2]
+
+    def git(*arguments: str) -> str | None:
+        command = ["git", "-C", str(root), *arguments]
+        try:
+            return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            return None
+
+    head = git("rev-parse", "HEAD")
+    if head is None:
         return None
-    return done.stdout.strip() or None
+    return head + "-dirty" if git("status", "--porcelain", "--", "spalign", "examples") else head
