@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = [
     "Group",
     "all_reduce_statistics",
     "full_tensor",
     "is_sharded",
+    "reshard_owner",
     "shard_like",
     "sharded_along",
     "to_local",
@@ -44,6 +45,34 @@ def all_reduce_statistics(sum_CD: Tensor, weight_C: Tensor, group: Group) -> tup
     packed = torch.cat([sum_CD, weight_C.unsqueeze(1)], 1)
     dist.all_reduce(packed, group=None if group is ... else group)
     return packed[:, :-1], packed[:, -1]
+
+
+def reshard_owner(module: nn.Module) -> None:
+    """Have FSDP2 put the sharded parameters back into ``module``, if it is FSDP2's and gathered now.
+
+    After a forward pass without backward the root's parameters stay gathered, and what is written into them is lost
+    (pitfall B2). No communication.
+
+    Raises:
+        RuntimeError: torch has moved the table of wrapped modules, so that the owner cannot be found.
+    """
+    if not getattr(module, "_is_fsdp_managed_module", False):
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    try:
+        # The one place where torch keeps them all; a module does not know who wrapped it.
+        from torch.distributed._composable_state import _module_state_mapping
+    except ImportError as error:
+        if any(is_sharded(p) for p in module.parameters()):
+            return
+        raise RuntimeError(
+            "FSDP2 may hold the classifier gathered, where writing is lost; call reshard() on the FSDP module it "
+            "belongs to before step()"
+        ) from error
+    for owner in list(_module_state_mapping):
+        if isinstance(owner, FSDPModule) and any(m is module for m in owner.modules()):
+            owner.reshard()
 
 
 def _as_dtensor(x: Tensor) -> Any:
