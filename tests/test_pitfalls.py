@@ -1,7 +1,7 @@
 """One test or more for each pitfall that concerns tracker, classifier access, loss, rotation, projection and capture.
 
 Numbers are those of the project's list of pitfalls. D1 (syncs) is test_no_sync.py; C1 to C3, C5 and B3 need several
-ranks: test_distributed_smoke.py; D9 (CUDA graphs) needs a GPU: gpu/test_gpu.py.
+ranks: distributed/test_ranks.py; D9 (CUDA graphs) needs a GPU: gpu/test_gpu.py.
 """
 
 import copy
