@@ -49,9 +49,18 @@ _groups: dict[str, Any] = {}
 
 
 def group_name(group: Group) -> str:
-    """Return the name by which :class:`Exchange` finds a group again; ``""`` stands for the default group."""
+    """Return the name by which :class:`Exchange` finds a group again; ``""`` stands for the default group.
+
+    Raises:
+        ValueError: this is no group, or, as ``new_group`` returns elsewhere, none that this rank is in.
+    """
     if group is None or group is ...:
         return ""
+    if not hasattr(group, "group_name"):
+        raise ValueError(
+            f"process_group is {group!r}, expected a process group that this rank is a member of; pass None to keep "
+            "the means of this rank alone, or ... for the default group"
+        )
     name = str(group.group_name)
     _groups[name] = group
     return name

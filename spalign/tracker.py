@@ -1,5 +1,6 @@
 """Running class means of features: the one state that the three strategies share."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -48,7 +49,7 @@ class ClassMeanTracker(nn.Module):
         weight: (C,) float32 buffer, the total sample weight of each class; 0 marks an unseen class.
 
     Raises:
-        ValueError: a size, the momentum or the feature dtype is out of range.
+        ValueError: a size, the momentum or the feature dtype is out of range, or this rank is not in the group.
 
     Several ranks: every rank calls the same number of times, with the same kind of targets (class indices, or soft
     labels, which always go by class sums); batches may be uneven or empty. A rank that raises an error alone leaves the
@@ -207,6 +208,15 @@ class ClassMeanTracker(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_classes={self.num_classes}, feature_dim={self.feature_dim}, momentum={self.momentum}"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Copy for weight averaging and the like; process groups cannot be copied and are shared."""
+        if self._group_name:
+            memo[id(self.process_group)] = self.process_group
+        copied = self.__new__(type(self))
+        memo[id(self)] = copied
+        copied.__setstate__(copy.deepcopy(self.__dict__, memo))  # type: ignore[no-untyped-call]
+        return copied
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Follow device moves and ``double()``, but let no conversion put the state into fewer bits than it needs."""

@@ -8,6 +8,7 @@ Shapes: N samples of the whole batch, C classes, D feature dimensions; C = 3 div
 """
 
 import contextlib
+import copy
 import os
 import signal
 import sys
@@ -228,9 +229,20 @@ def group_means(rank: int, world: int, folder: Path) -> Results:
     out: Results = {}
     for name, group in (("none", None), ("half", half)):
         tracker = spalign.ClassMeanTracker(C, D, process_group=group)
+        copied = copy.deepcopy(tracker)  # as weight averaging does
         h, y = batch(0, D, torch.float32)
         tracker.update(share(h, rank, world), share(y, rank, world))
+        assert not copied.seen.any()
+        copied.update(share(h, rank, world), share(y, rank, world))
+        assert torch.equal(copied.mean, tracker.mean)
         out[f"local {name}"] = tracker.mean.clone()
+    # What new_group returns on the ranks it leaves out.
+    outside = dist.new_group([1])
+    try:
+        spalign.ClassMeanTracker(C, D, process_group=outside)
+        out["local outside"] = ""
+    except ValueError as error:
+        out["local outside"] = str(error)
     return out
 
 

@@ -1,5 +1,7 @@
 """Several ranks are one process on the concatenated batches, and each other to the bit.
 
+One process starts two ranks and then four others, once; each of them runs every part, and so does this process.
+
 What the parts do, and which pitfalls they are about, is in rank_parts.py: B1, B2, B3, B4, B7, B8, A9, A10, A16, A17,
 A20, C1, C2, C3, C4, C5, C6, C7 and C13.
 C8 to C12 and the rest of C13 need one process only: test_pitfalls.py and test_tracker.py.
@@ -7,10 +9,13 @@ C8 to C12 and the rest of C13 need one process only: test_pitfalls.py and test_t
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import rank_parts
 import torch
 from rank_parts import FSDP_ON_CPU, MANY, PARTS, SPLITS, C, D, Found, N, batch
 from torch import Tensor
@@ -21,6 +26,42 @@ from spalign.distributed import Exchange
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_gloo_available() or not hasattr(os, "fork"), reason="needs gloo and fork"
 )
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where ranks leave what they found, and checkpoints; all have ended."""
+    folder = tmp_path_factory.mktemp("ranks")
+    # The package under test, which may be on the path of this process alone.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    log = folder / "log.txt"
+    with log.open("w") as output:
+        command = [sys.executable, "-W", "ignore", str(Path(rank_parts.__file__)), str(folder)]
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
+    try:
+        # Generous: a hang is what is looked for, not slowness.
+        process.wait(timeout=500)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        pytest.fail("the ranks wait for each other: " + log.read_text()[-4000:])
+    assert process.returncode == 0, log.read_text()[-4000:]
+    return folder
+
+
+@pytest.fixture(scope="session")
+def found(folder: Path) -> Found:
+    """Return what each rank found, and this process, which resumes what two ranks have saved."""
+    found: Found = {}
+    for world in (2, 4):
+        paths = [folder / f"world{world}rank{rank}.pt" for rank in range(world)]
+        assert all(path.exists() for path in paths), [path.read_text() for path in folder.glob("error*.txt")]
+        found[world] = [torch.load(path, weights_only=True) for path in paths]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    found[1] = [{name: rank_parts.PARTS[name].run(0, 1, folder) for name in rank_parts.names(1)}]
+    torch.set_num_threads(threads)
+    return found
 
 
 def runs(alone: bool) -> list[Any]:
@@ -199,7 +240,9 @@ def test_the_choice_is_the_cheaper_way_on_either_side_of_the_crossover(
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_errors_name_the_fix(found: Found, world: int) -> None:
-    for rank in found[world]:
+    for i, rank in enumerate(found[world]):
+        outside = rank["group_means"]["local outside"]
+        assert outside == "" if i == 1 else "expected a process group that this rank is a member of" in outside
         errors = {**rank["half_means"], **rank["redundancy"]}
         assert f"expected at most batch_size = {N}" in errors["local error long"]
         assert "expected what fits into feature_dtype = torch.bfloat16" in errors["local error wide"]
@@ -210,6 +253,35 @@ def test_a_head_that_ddp_takes_for_unused_is_refused_by_ddp(found: Found) -> Non
     """C6: documented, not ours to repair; should DDP allow it one day, the documentation may say less."""
     for rank in found[2]:
         assert "mark a variable ready only once" in rank["unused_head"]["local unused"]
+
+
+def test_one_process_takes_in_batches_of_any_size() -> None:
+    """What is announced to other ranks binds nobody where there are none."""
+    tracker, plain = spalign.ClassMeanTracker(C, D, batch_size=2, feature_dtype=torch.bfloat16), fed()
+    tracker.update(*batch(0, D, torch.float32))
+    assert torch.equal(tracker.mean, plain.mean)
+
+
+def fed() -> spalign.ClassMeanTracker:
+    tracker = spalign.ClassMeanTracker(C, D)
+    tracker.update(*batch(0, D, torch.float32))
+    return tracker
+
+
+def test_a_gathered_classifier_whose_owner_cannot_be_found_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """B2: where FSDP2 keeps its modules is torch's own affair, and may move."""
+    fc = torch.nn.Linear(D, C)
+    fc._is_fsdp_managed_module = True  # type: ignore[assignment]
+    slerp = spalign.SpASlerp(fc, fed(), total_steps=1, alpha_max=0.4, threshold=1.0)
+    before = fc.weight.detach().clone()
+    monkeypatch.setitem(sys.modules, "torch.distributed._composable_state", None)
+    with pytest.raises(RuntimeError, match=r"call reshard\(\)"):
+        slerp.step()
+    assert torch.equal(fc.weight, before)
+    assert slerp.last_step == 0
+    monkeypatch.undo()
+    slerp.step()
+    assert not torch.equal(fc.weight, before)
 
 
 @pytest.mark.parametrize("world", [2, 4])
