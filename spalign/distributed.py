@@ -4,6 +4,7 @@ Shapes: R ranks, N samples of the largest local batch, C classes, D feature dime
 """
 
 import sys
+import weakref
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -44,8 +45,8 @@ def world_size(group: Group) -> int:
     return dist.get_world_size(None if group is ... else group)
 
 
-# Process groups by name: a compiled graph has no place for the objects.
-_groups: dict[str, Any] = {}
+# Process groups by name, because a compiled graph has no place for the objects; the trackers keep them alive.
+_groups: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
 
 
 def group_name(group: Group) -> str:

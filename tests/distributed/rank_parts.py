@@ -761,18 +761,23 @@ def names(world: int) -> list[str]:
     return [n for n, p in PARTS.items() if world in p.worlds and (FSDP_ON_CPU or not p.sharded)]
 
 
+def run(rank: int, world: int, folder: Path) -> dict[str, Results]:
+    """Run every part. One that raises is named by the tests; ended here, a rank would take the others along."""
+    results: dict[str, Results] = {}
+    for name in names(world):
+        try:
+            results[name] = PARTS[name].run(rank, world, folder)
+        except Exception:  # noqa: PERF203
+            results[name] = {"raised": traceback.format_exc()}
+    return results
+
+
 def main(rank: int, world: int, folder: Path) -> None:
     """Run every part as one rank of a gloo group and save what it found."""
     # A rank that is waited for in vain fails the others well before the tests give up on all.
     options: dict[str, Any] = {"rank": rank, "world_size": world, "timeout": timedelta(seconds=60)}
     dist.init_process_group("gloo", init_method=f"file://{folder / f'init{world}'}", **options)
-    results: Results = {}
-    for name in names(world):
-        try:
-            results[name] = PARTS[name].run(rank, world, folder)
-        except Exception:  # noqa: PERF203  the test names the part; a rank that ended would take the others along
-            results[name] = {"raised": traceback.format_exc()}
-    torch.save(results, folder / f"world{world}rank{rank}.pt")
+    torch.save(run(rank, world, folder), folder / f"world{world}rank{rank}.pt")
     torch.save(last_steps(rank, world), folder / f"last{world}rank{rank}.pt")
 
 
