@@ -296,7 +296,7 @@ def test_inductor_on_the_device() -> None:
 
 
 def test_ranks_that_repeat_each_other_s_update_hold_the_same_bits() -> None:
-    """B8: gathered batches are taken in on every rank; samples of a class, added in any order, would let ranks drift."""
+    """B8: every rank takes in a gathered batch; a class's samples, added in any order, would let ranks drift."""
     h, y = make_batch(0, 4096, 3, D)
     states = []
     for _ in range(5):
