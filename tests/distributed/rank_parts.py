@@ -433,8 +433,17 @@ def compiled(rank: int, world: int, folder: Path) -> Results:
     """The update stays one node of a compiled step: written out, backward would read buffers that moved since."""
     half, _ = dist.new_subgroups(world)
     out: Results = {}
+    # The partitioner of inductor, which decides what backward computes again, without its kernels.
+    partition = torch._dynamo.lookup_backend("aot_eager_decomp_partition")
+    nodes: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        nodes.extend(str(n.target) for n in graph.graph.nodes if n.op == "call_function")
+        return partition(graph, inputs)
+
     for way, (num_classes, batch_size) in WAYS.items():
         for fast in (False, True):
+            nodes.clear()
             torch.compiler.reset()
             net = Net(num_classes=num_classes)
             tracker = spalign.ClassMeanTracker(
@@ -447,14 +456,14 @@ def compiled(rank: int, world: int, folder: Path) -> Results:
                 total: Tensor = main_loss(logits, y, 2) + 0.5 * spareg(h, y)
                 return total
 
-            # The partitioner of inductor, which decides what backward computes again, without its kernels.
-            step = torch.compile(loss, fullgraph=True, backend="aot_eager_decomp_partition") if fast else loss
+            step = torch.compile(loss, fullgraph=True, backend=backend) if fast else loss
             for i in range(2):
                 net.zero_grad()
                 x, y = (share(t, rank, world) for t in batch(i, num_classes=num_classes))
                 step(x, y).backward()
                 out |= gradients(net, f"{'compiled' if fast else 'eager'} {way} {i}", world)
             out |= state(tracker, f"{'compiled' if fast else 'eager'} {way}")
+        out[f"nodes {way}"] = list(nodes)
     return out
 
 
@@ -604,6 +613,17 @@ def sharded_tensors(rank: int, world: int, folder: Path) -> Results:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+COLLECTIVES: list[tuple[int, int, int | None, torch.dtype | None]] = [
+    (8, 5, None, None),
+    (8, 5, N, None),
+    (8, MANY, N, None),
+    (3, MANY, N, None),
+    (8, MANY, None, None),
+    (8, MANY, N, torch.bfloat16),
+]
+"""D, C, announced batch size and dtype of features."""
+
+
 class Collectives(TorchDispatchMode):
     """Writes down every collective: its name, and what each tensor it works on is."""
 
@@ -629,10 +649,11 @@ class Collectives(TorchDispatchMode):
 def collectives(rank: int, world: int, folder: Path) -> Results:
     """C4, C5: the collectives of one update, for every kind of batch."""
     out: Results = {}
-    for dim, num_classes, batch_size in ((8, 5, None), (8, 5, N), (8, MANY, N), (3, MANY, N), (8, MANY, None)):
+    for case in COLLECTIVES:
+        dim, num_classes, batch_size, dtype = case
         for kind in ("whole", "empty", "ignored", "infinite", "short"):
-            tracker = spalign.ClassMeanTracker(num_classes, dim, batch_size=batch_size)
-            h, y = make_batch(0, N, num_classes, dim)
+            tracker = spalign.ClassMeanTracker(num_classes, dim, batch_size=batch_size, feature_dtype=dtype)
+            h, y = make_batch(0, N, num_classes, dim, torch.float32 if dtype is None else dtype)
             if kind == "ignored":
                 y = torch.full_like(y, -100)
             if kind == "infinite":
@@ -643,8 +664,8 @@ def collectives(rank: int, world: int, folder: Path) -> Results:
             with Collectives() as seen:
                 loss = spalign.SpARegLoss(torch.ones(num_classes, dim), tracker)(h, y)
                 loss.backward()
-            out[f"calls {dim} {num_classes} {batch_size} {kind}"] = str(seen.seen)
-            out[f"bytes {dim} {num_classes} {batch_size} {kind}"] = torch.tensor(seen.received)
+            out[f"calls {case} {kind}"] = str(seen.seen)
+            out[f"bytes {case} {kind}"] = torch.tensor(seen.received)
     return out
 
 
