@@ -12,7 +12,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _WeightNorm
 
-from spalign.distributed import full_tensor, is_sharded, shard_like, to_local
+from spalign.distributed import full_tensor, is_sharded, reshard_owner, shard_like, to_local
 
 __all__ = ["Classifier", "ClassifierLike"]
 
@@ -113,6 +113,14 @@ class Classifier:
                 "the features to it instead, with SpARegLoss(classifier, tracker, align='features')"
             )
 
+    def reshard(self) -> None:
+        """Bring back the parameters that the optimizer holds, where FSDP2 has gathered ones in their place.
+
+        To be called before rows are read to be written: gathered ones may be of lower precision, and are thrown away.
+        """
+        if isinstance(self.module, nn.Module):
+            reshard_owner(self.module)
+
     def rows(self) -> Tensor:
         """Return the weight as (C, D), in its own dtype, inside the autograd graph; sharded weights are gathered."""
         normed = self._weight_norm()
@@ -178,6 +186,7 @@ class Classifier:
             new_CD: (C, D), equal to :meth:`rows` where ``changed_C`` is False.
             changed_C: (C,) bool; every row if not given.
         """
+        self.reshard()
         if self._weight_norm() is None and self._parametrized():
             setattr(self.module, self.weight_name, self.as_stored(new_CD))
             return

@@ -1,18 +1,28 @@
-"""What spalign knows of process groups and sharded tensors; everything else sees plain local tensors."""
+"""What spalign knows of process groups and sharded tensors; everything else sees plain local tensors.
+
+Shapes: R ranks, N samples of the largest local batch, C classes, D feature dimensions.
+"""
 
 import sys
+import weakref
 from types import EllipsisType
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+
+from spalign import functional
+from spalign.functional import BatchShare
 
 __all__ = [
+    "Exchange",
     "Group",
-    "all_reduce_statistics",
+    "absorb_batch_",
     "full_tensor",
+    "group_name",
     "is_sharded",
+    "reshard_owner",
     "shard_like",
     "sharded_along",
     "to_local",
@@ -35,15 +45,221 @@ def world_size(group: Group) -> int:
     return dist.get_world_size(None if group is ... else group)
 
 
-def all_reduce_statistics(sum_CD: Tensor, weight_C: Tensor, group: Group) -> tuple[Tensor, Tensor]:
-    """Add class sums (C, D) and weights (C,) up over the ranks in one collective.
+# Process groups by name, because a compiled graph has no place for the objects; the trackers keep them alive.
+_groups: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
 
-    Summing before any state is touched makes every rank hold the same state, and one call of fixed shape per batch,
-    whatever is in the batch, cannot hang (pitfalls C1, C2, C5).
+
+def group_name(group: Group) -> str:
+    """Return the name by which :class:`Exchange` finds a group again; ``""`` stands for the default group.
+
+    Raises:
+        ValueError: this is no group, or, as ``new_group`` returns elsewhere, none that this rank is in.
     """
+    if group is None or group is ...:
+        return ""
+    if not hasattr(group, "group_name"):
+        raise ValueError(
+            f"process_group is {group!r}, expected a process group that this rank is a member of; pass None to keep "
+            "the means of this rank alone, or ... for the default group"
+        )
+    name = str(group.group_name)
+    _groups[name] = group
+    return name
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Class means of several ranks
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Exchange(NamedTuple):
+    """How the ranks of a group learn of each other's batches: one collective of fixed shape per call.
+
+    Attributes:
+        group: name of the process group, see :func:`group_name`.
+        rows: samples that each rank sends, padded to this number; 0 to add up sums and weights instead.
+        dtype: what features are sent as.
+    """
+
+    group: str
+    rows: int
+    dtype: torch.dtype
+
+    @classmethod
+    def cheapest(
+        cls, mean_CD: Tensor, *, group: str, ranks: int, batch_size: int | None, feature_dtype: torch.dtype | None
+    ) -> "Exchange":
+        """Return the way that moves fewer bytes, by sizes that every rank knows and never by data.
+
+        Each rank receives ``2 (R - 1) / R (C D + C) s`` bytes to add up sums and weights, and ``(R - 1) N (D e + l)``
+        to gather features of e bytes and labels of l.
+        """
+        num_classes, dim = mean_CD.shape
+        dtype = mean_CD.dtype if feature_dtype is None else feature_dtype
+        if batch_size is not None:
+            gathered = ranks * batch_size * (dim * dtype.itemsize + _label_dtype(dtype).itemsize)
+            if gathered < 2 * num_classes * (dim + 1) * mean_CD.dtype.itemsize:
+                return cls(group, batch_size, dtype)
+        return cls(group, 0, dtype)
+
+    @property
+    def process_group(self) -> Any:
+        """The group as ``torch.distributed`` takes it."""
+        return _groups[self.group] if self.group else None
+
+
+def _label_dtype(sent: torch.dtype) -> torch.dtype:
+    """Return the integers that labels are sent as, whole columns beside features."""
+    return torch.int64 if sent.itemsize == 8 else torch.int32
+
+
+def absorb_batch_(
+    mean_CD: Tensor,
+    weight_C: Tensor,
+    mean_sum_D: Tensor,
+    features: Tensor,
+    targets: Tensor,
+    *,
+    momentum: float | None,
+    ignore_index: int,
+    exchange: Exchange,
+) -> BatchShare:
+    """:func:`spalign.functional.update_class_means_` by the batches of all ranks; the share is of this rank's samples.
+
+    Every rank enters the same collective on every call, empty batches included (pitfall C5), and computes the same
+    bits from what comes out (C1, C2, B8). The share is multiplied by R: gradients of a loss that every rank computes in
+    full are averaged over the ranks, but each rank's features exist on that rank alone (C3).
+    """
+    arguments = (mean_CD, weight_C, mean_sum_D, features.detach(), targets.detach(), momentum, ignore_index, *exchange)
+    if torch.compiler.is_compiling():
+        rate, labels_N = _opaque_absorb(*arguments)
+        return BatchShare(rate, None if targets.is_floating_point() else labels_N)
+    return _absorb_(*arguments)
+
+
+@torch.no_grad()
+def _absorb_(
+    mean_CD: Tensor,
+    weight_C: Tensor,
+    mean_sum_D: Tensor,
+    features: Tensor,
+    targets: Tensor,
+    momentum: float | None,
+    ignore_index: int,
+    group: str,
+    rows: int,
+    dtype: torch.dtype,
+) -> BatchShare:
+    exchange = Exchange(group, rows, dtype)
+    ranks = dist.get_world_size(exchange.process_group)
+    num_classes = len(mean_CD)
+    batch = functional._parse_batch(features, targets, num_classes, ignore_index, mean_CD.dtype)
+    if rows and batch.labels is not None:
+        labels_N = torch.where(batch.weight > 0, batch.labels, -1)
+        h_ND, labels_N = _gather_batch(batch.h.to(dtype), labels_N, exchange)
+        whole = functional._parse_batch(h_ND, labels_N, num_classes, -1, mean_CD.dtype)
+        assert whole.labels is not None
+        rate_N = functional._update_from_rows_(
+            mean_CD, weight_C, whole, whole.labels, momentum, mean_sum_D, same_bits=True
+        )
+        first = dist.get_rank(exchange.process_group) * rows
+        return BatchShare(rate_N[first : first + len(features)] * ranks, batch.labels)
+    sum_CD, batch_weight_C = _all_reduce_statistics(*functional._batch_statistics(batch, num_classes), exchange)
+    rate_C = functional._update_from_statistics_(mean_CD, weight_C, sum_CD, batch_weight_C, momentum, mean_sum_D)
+    return functional._share_of_rates(batch, rate_C * ranks)
+
+
+def _all_reduce_statistics(sum_CD: Tensor, weight_C: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
+    """Add class sums (C, D) and weights (C,) up over the ranks, as one buffer."""
     packed = torch.cat([sum_CD, weight_C.unsqueeze(1)], 1)
-    dist.all_reduce(packed, group=None if group is ... else group)
+    dist.all_reduce(packed, group=exchange.process_group)
     return packed[:, :-1], packed[:, -1]
+
+
+def _gather_batch(h_ND: Tensor, labels_N: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
+    """Return the features and labels of all ranks, in the order of ranks; padding has the label -1."""
+    rows, dtype = exchange.rows, exchange.dtype
+    num_samples, dim = h_ND.shape
+    # Labels ride along as the bits of one or two more feature columns, which are copied and never computed with.
+    labels = labels_N.new_full((rows, 1), -1, dtype=_label_dtype(dtype))
+    labels[:num_samples, 0] = labels_N
+    columns = labels.view(dtype)
+    packed = h_ND.new_zeros(rows, dim + columns.shape[1])
+    packed[:num_samples, :dim] = h_ND
+    packed[:, dim:] = columns
+    ranks = dist.get_world_size(exchange.process_group)
+    gathered = packed.new_empty(ranks * rows, packed.shape[1])
+    dist.all_gather_into_tensor(gathered, packed, group=exchange.process_group)
+    return gathered[:, :dim], gathered[:, dim:].contiguous().view(labels.dtype)[:, 0]
+
+
+@torch.library.custom_op("spalign::update_class_means_across_ranks", mutates_args=("mean", "weight", "mean_sum"))
+def _opaque_absorb(
+    mean: Tensor,
+    weight: Tensor,
+    mean_sum: Tensor,
+    features: Tensor,
+    targets: Tensor,
+    momentum: float | None,
+    ignore_index: int,
+    group: str,
+    rows: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """The update as one node of a compiled graph, for the reason given at :func:`spalign.functional._opaque_update`."""
+    share = _absorb_(mean, weight, mean_sum, features, targets, momentum, ignore_index, group, rows, dtype)
+    labels = targets.new_empty(0, dtype=torch.int64) if share.labels is None else share.labels.clone()
+    return share.rate, labels
+
+
+@_opaque_absorb.register_fake
+def _(
+    mean: Tensor,
+    weight: Tensor,
+    mean_sum: Tensor,
+    features: Tensor,
+    targets: Tensor,
+    momentum: float | None,
+    ignore_index: int,
+    group: str,
+    rows: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    num_labels = 0 if targets.is_floating_point() else len(targets)
+    return torch.empty_like(targets, dtype=mean.dtype), targets.new_empty(num_labels, dtype=torch.int64)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sharded tensors
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def reshard_owner(module: nn.Module) -> None:
+    """Have FSDP2 put the sharded parameters back into ``module``, if it is FSDP2's and gathered now.
+
+    After a forward pass without backward the root's parameters stay gathered, and what is written into them is lost
+    (pitfall B2). No communication.
+
+    Raises:
+        RuntimeError: torch has moved the table of wrapped modules, so that the owner cannot be found.
+    """
+    if not getattr(module, "_is_fsdp_managed_module", False):
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    try:
+        # The one place where torch keeps them all; a module does not know who wrapped it.
+        from torch.distributed._composable_state import _module_state_mapping
+    except ImportError as error:
+        if any(is_sharded(p) for p in module.parameters()):
+            return
+        raise RuntimeError(
+            "FSDP2 may hold the classifier gathered, where writing is lost; call reshard() on the FSDP module it "
+            "belongs to before step()"
+        ) from error
+    for owner in list(_module_state_mapping):
+        if isinstance(owner, FSDPModule) and any(m is module for m in owner.modules()):
+            owner.reshard()
 
 
 def _as_dtensor(x: Tensor) -> Any:

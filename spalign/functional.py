@@ -13,7 +13,6 @@ Equation numbers are those of *Space Alignment Matters*; where the printed formu
 
 import contextlib
 import math
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -194,8 +193,14 @@ def _update_from_rows_(
     labels_N: Tensor,
     momentum: float | None,
     mean_sum_D: Tensor | None,
+    *,
+    same_bits: bool = False,
 ) -> Tensor:
-    """Move class means in place by the samples of a batch with class indices, O(N D). Return the rates r_N."""
+    """Move class means in place by the samples of a batch with class indices, O(N D). Return the rates r_N.
+
+    ``same_bits`` makes the result a function of the arguments to the last bit, as ranks that repeat each other's
+    work need; an accelerator adds up a class's samples in any order otherwise.
+    """
     # n_c of each sample's class: sums of ones are exact, so the order of the additions does not matter. They are
     # added up where the class's weight was, because added to it they would stall at 2^24 in float32; then all samples
     # of a class write the same new weight.
@@ -215,7 +220,11 @@ def _update_from_rows_(
     torch.index_select(mean_CD, 0, labels_N, out=before_ND)
     torch.sub(batch.h, before_ND, out=row_ND)
     _zero_non_finite_(row_ND)
-    mean_CD.index_add_(0, labels_N, row_ND.mul_(rate_N.unsqueeze(1)))
+    row_ND.mul_(rate_N.unsqueeze(1))
+    if same_bits and mean_CD.device.type != "cpu":
+        mean_CD.index_put_((labels_N,), row_ND, accumulate=True)  # sorts, where index_add_ would race
+    else:
+        mean_CD.index_add_(0, labels_N, row_ND)
     if mean_sum_D is not None:
         # What the means really moved by, not what they should have: a mean that has converged stops a rounding error
         # short, and adding up the steps it did not take would drift without bound.
@@ -282,22 +291,18 @@ def _absorb_batch_(
     ignore_index: int,
     mean_sum_D: Tensor | None,
     usable: bool | None = None,
-    reduce: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
-    feature_scale: int = 1,
 ) -> BatchShare:
-    """:func:`update_class_means_`, with ``reduce`` adding up the statistics of several ranks before they are used.
+    """:func:`update_class_means_`.
 
     ``usable`` says whether all targets are labels in [0, C) and none to be ignored, if that is known.
-    ``feature_scale`` multiplies the share: gradients of a loss that every rank computes in full are averaged over the
-    ranks, but each rank's features exist on that rank alone (pitfall C3).
     """
-    if reduce is None and torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         mean_sum_D = mean_CD.new_zeros(mean_CD.shape[1]) if mean_sum_D is None else mean_sum_D
         arguments = (mean_CD, weight_C, mean_sum_D, features.detach(), targets.detach(), momentum, ignore_index)
         rate, labels_N = _opaque_update(*arguments)
         return BatchShare(rate, None if targets.is_floating_point() else labels_N)
     num_classes = len(mean_CD)
-    if reduce is None and host.can_read(features):
+    if host.can_read(features):
         if usable is None:
             usable = host.all_usable(targets, num_classes, ignore_index)
         if usable:
@@ -307,28 +312,17 @@ def _absorb_batch_(
                 return BatchShare(rate_N, labels_N)
     with torch.no_grad():
         batch = _parse_batch(features.detach(), targets, num_classes, ignore_index, mean_CD.dtype)
-        return _absorb_parsed_(mean_CD, weight_C, batch, momentum, mean_sum_D, reduce, feature_scale)
+        if batch.labels is not None and len(batch.labels) < num_classes:
+            rate_N = _update_from_rows_(mean_CD, weight_C, batch, batch.labels, momentum, mean_sum_D)
+            return BatchShare(rate_N, batch.labels)
+        # For no more classes than samples this is the shorter way.
+        sum_CD, batch_weight_C = _batch_statistics(batch, num_classes)
+        rate_C = _update_from_statistics_(mean_CD, weight_C, sum_CD, batch_weight_C, momentum, mean_sum_D)
+        return _share_of_rates(batch, rate_C)
 
 
-def _absorb_parsed_(
-    mean_CD: Tensor,
-    weight_C: Tensor,
-    batch: _Batch,
-    momentum: float | None,
-    mean_sum_D: Tensor | None,
-    reduce: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
-    feature_scale: int,
-) -> BatchShare:
-    if batch.labels is not None and reduce is None and len(batch.labels) < len(mean_CD):
-        rate_N = _update_from_rows_(mean_CD, weight_C, batch, batch.labels, momentum, mean_sum_D)
-        return BatchShare(rate_N, batch.labels)
-    # For no more classes than samples this is the shorter way on one process too.
-    sum_CD, batch_weight_C = _batch_statistics(batch, mean_CD.shape[0])
-    if reduce is not None:
-        sum_CD, batch_weight_C = reduce(sum_CD, batch_weight_C)
-    rate_C = _update_from_statistics_(mean_CD, weight_C, sum_CD, batch_weight_C, momentum, mean_sum_D)
-    if feature_scale != 1:
-        rate_C = rate_C * feature_scale
+def _share_of_rates(batch: _Batch, rate_C: Tensor) -> BatchShare:
+    """Return what a batch's samples have of the rates of their classes."""
     if batch.labels is None:
         return BatchShare(batch.weight * rate_C, None)
     return BatchShare(rate_C.index_select(0, batch.labels).mul_(batch.weight), batch.labels)

@@ -90,6 +90,11 @@ class SpAProj(Optimizer):
                 f"the optimizer is a {type(optimizer).__name__}, expected a torch.optim.Optimizer that runs step "
                 "hooks; wrap the optimizer itself, before a trainer's prepare() does"
             )
+        if getattr(optimizer, "_overlap_with_ddp", False):
+            raise ValueError(
+                f"the {type(optimizer).__name__} has overlap_with_ddp=True, expected False: it moves parameters while "
+                "gradients are still being reduced, so nothing can be projected before its step"
+            )
         if not 0.0 <= gamma <= 1.0:
             raise ValueError(f"gamma is {gamma!r}, expected a share of the original gradient in [0, 1]")
         if radial not in ("paper", "keep"):
@@ -139,6 +144,8 @@ class SpAProj(Optimizer):
 
     @torch.no_grad()
     def _project(self, optimizer: Optimizer) -> None:
+        if self.classifier.leaves().direction.grad is None:
+            self.classifier.reshard()  # gathered parameters hold no gradient
         leaves = self.classifier.leaves()
         direction, magnitude = leaves
         if direction.grad is None:

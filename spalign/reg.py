@@ -34,6 +34,10 @@ class SpARegLoss(nn.Module):
         ValueError: the sizes of classifier and tracker differ, ``align`` is unknown, or ``align="classifier"`` is asked
             of a fixed classifier.
 
+    Several ranks: the term is computed in full on every rank, and its gradients are right once averaged, as DDP does;
+    do not scale it by the number of ranks. Under DDP's ``find_unused_parameters=True`` the classifier must take part in
+    the wrapped forward pass.
+
     Checkpoint behavior: save this module's ``state_dict()``; without it the term is 0 until classes are seen again.
 
     Example:

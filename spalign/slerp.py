@@ -99,6 +99,7 @@ class SpASlerp:
         Raises:
             ValueError: classifier and tracker are on different devices. Nothing is rotated or counted.
         """
+        self.classifier.reshard()
         weight_CD = self.classifier.rows()
         self.tracker._check_device("the classifier is", weight_CD)
         mean_CD, alignable_C, center_D = self.tracker._geometry()

@@ -1,5 +1,6 @@
 """Running class means of features: the one state that the three strategies share."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ from typing_extensions import Self
 
 from spalign import distributed, functional, host
 from spalign.classifier import Classifier, ClassifierLike
-from spalign.distributed import Group
+from spalign.distributed import Exchange, Group
 from spalign.functional import BatchShare
 
 __all__ = ["ClassMeanTracker"]
@@ -36,6 +37,11 @@ class ClassMeanTracker(nn.Module):
         ignore_index: label of samples to pass over.
         process_group: ranks that share the means. ``...`` is the default group wherever ``torch.distributed`` is
             initialized, ``None`` keeps the means of this rank alone.
+        batch_size: the most samples that any rank takes in at once (dense predictions count each position), the same on
+            all ranks. With it, ranks exchange features and labels, padded to this size, where that moves fewer bytes
+            than class sums do: roughly where C exceeds half of all ranks' samples. Without it, class sums.
+        feature_dtype: what features are sent as where they are exchanged, the same on all ranks: what the model
+            computes in, for example ``torch.bfloat16``. The state's dtype if not given.
         device: where the state lives.
 
     Attributes:
@@ -43,7 +49,11 @@ class ClassMeanTracker(nn.Module):
         weight: (C,) float32 buffer, the total sample weight of each class; 0 marks an unseen class.
 
     Raises:
-        ValueError: a size or the momentum is out of range.
+        ValueError: a size, the momentum or the feature dtype is out of range, or this rank is not in the group.
+
+    Several ranks: every rank calls the same number of times, with the same kind of targets (class indices, or soft
+    labels, which always go by class sums); batches may be uneven or empty. A rank that raises an error alone leaves the
+    others waiting in the collective until it exits, or until the process group's timeout.
 
     Checkpoint behavior: all state is in buffers, so an update after ``load_state_dict`` continues bit for bit. Without
     it every class is unseen, and each strategy does nothing for a class until it is seen again.
@@ -71,12 +81,25 @@ class ClassMeanTracker(nn.Module):
         momentum: float | None = 0.1,
         ignore_index: int = -100,
         process_group: Group = ...,
+        batch_size: int | None = None,
+        feature_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         for name, value in (("num_classes", num_classes), ("feature_dim", feature_dim)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}, expected a positive integer; read it off the classifier weight")
+        if batch_size is not None and (
+            isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1
+        ):
+            raise ValueError(
+                f"batch_size is {batch_size!r}, expected a positive integer, the most samples that a rank takes in at "
+                "once, or None"
+            )
+        if feature_dtype is not None and feature_dtype not in (*_HALF, torch.float32, torch.float64):
+            raise ValueError(
+                f"feature_dtype is {feature_dtype!r}, expected a float dtype of 16, 32 or 64 bits, or None"
+            )
         if momentum is not None and not 0.0 < momentum <= 1.0:
             raise ValueError(
                 f"momentum is {momentum!r}, expected a number in (0, 1], the weight of the new value, or None for the "
@@ -87,6 +110,9 @@ class ClassMeanTracker(nn.Module):
         self.momentum = momentum
         self.ignore_index = ignore_index
         self.process_group = process_group
+        self.batch_size = batch_size
+        self.feature_dtype = feature_dtype
+        self._group_name = distributed.group_name(process_group)
         self.register_buffer("mean", torch.zeros(num_classes, feature_dim, device=device, dtype=torch.float32))
         self.register_buffer("weight", torch.zeros(num_classes, device=device, dtype=torch.float32))
         self.register_buffer("mean_sum", torch.zeros(feature_dim, device=device, dtype=torch.float64))
@@ -99,6 +125,8 @@ class ClassMeanTracker(nn.Module):
         momentum: float | None = 0.1,
         ignore_index: int = -100,
         process_group: Group = ...,
+        batch_size: int | None = None,
+        feature_dtype: torch.dtype | None = None,
     ) -> Self:
         """Return a tracker with the classifier's C and D, on the classifier's device.
 
@@ -116,6 +144,8 @@ class ClassMeanTracker(nn.Module):
             momentum=momentum,
             ignore_index=ignore_index,
             process_group=process_group,
+            batch_size=batch_size,
+            feature_dtype=feature_dtype,
             device=adapter.device,
         )
 
@@ -179,6 +209,15 @@ class ClassMeanTracker(nn.Module):
     def extra_repr(self) -> str:
         return f"num_classes={self.num_classes}, feature_dim={self.feature_dim}, momentum={self.momentum}"
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Copy for weight averaging and the like; process groups cannot be copied and are shared."""
+        if self._group_name:
+            memo[id(self.process_group)] = self.process_group
+        copied = self.__new__(type(self))
+        memo[id(self)] = copied
+        copied.__setstate__(copy.deepcopy(self.__dict__, memo))  # type: ignore[no-untyped-call]
+        return copied
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Follow device moves and ``double()``, but let no conversion put the state into fewer bits than it needs."""
 
@@ -208,8 +247,27 @@ class ClassMeanTracker(nn.Module):
 
     def _absorb(self, features: Tensor, targets: Tensor, usable: bool) -> BatchShare:
         """Take in a batch that passed :meth:`_checked`. Return how far each sample moved the means."""
-        ranks = distributed.world_size(self.process_group)
         state: Any = self._buffers  # which is faster than a module's attributes
+        ranks = distributed.world_size(self.process_group)
+        if ranks > 1:
+            self._check_fits(features)
+            exchange = Exchange.cheapest(
+                state["mean"],
+                group=self._group_name,
+                ranks=ranks,
+                batch_size=self.batch_size,
+                feature_dtype=self.feature_dtype,
+            )
+            return distributed.absorb_batch_(
+                state["mean"],
+                state["weight"],
+                state["mean_sum"],
+                features,
+                targets,
+                momentum=self.momentum,
+                ignore_index=self.ignore_index,
+                exchange=exchange,
+            )
         return functional._absorb_batch_(
             state["mean"],
             state["weight"],
@@ -219,12 +277,23 @@ class ClassMeanTracker(nn.Module):
             ignore_index=self.ignore_index,
             mean_sum_D=state["mean_sum"],
             usable=usable,
-            reduce=None if ranks == 1 else self._reduce,
-            feature_scale=ranks,
         )
 
-    def _reduce(self, sum_CD: Tensor, weight_C: Tensor) -> tuple[Tensor, Tensor]:
-        return distributed.all_reduce_statistics(sum_CD, weight_C, self.process_group)
+    def _check_fits(self, features: Tensor) -> None:
+        """Raise ValueError if a batch is not what was announced to the other ranks."""
+        if self.batch_size is None:
+            return
+        if len(features) > self.batch_size:
+            raise ValueError(
+                f"this rank takes in {len(features)} samples, expected at most batch_size = {self.batch_size}; build "
+                "the tracker with the largest batch of any rank"
+            )
+        sent = self.feature_dtype
+        if sent is not None and len(features) > 0 and torch.promote_types(features.dtype, sent) is not sent:
+            raise ValueError(
+                f"features have dtype {features.dtype}, expected what fits into feature_dtype = {sent}; build the "
+                "tracker with the dtype that the model computes in"
+            )
 
     def _checked(self, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, bool]:
         """Check a batch, or raise ValueError.

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).parent / "distributed"))  # for `import rank_parts`
 sys.path.insert(0, str(Path(__file__).parent))  # for `import reference`: importlib mode leaves sys.path alone
 
 import hypothesis

@@ -189,7 +189,7 @@ HEADS: dict[str, Callable[[Tensor], Head]] = {
     "old_weight_norm": _old_weight_norm,
     "parameter": _parameter,
 }
-"""Every kind of trainable classifier of the design contract (a DTensor weight is in test_distributed_smoke.py)."""
+"""Every kind of trainable classifier of the design contract (a DTensor weight is in distributed/rank_parts.py)."""
 
 
 class WithBuffer(nn.Module):

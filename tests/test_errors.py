@@ -99,6 +99,10 @@ def test_labels_are_not_checked_where_that_would_wait_for_the_device() -> None:
         ({"momentum": 1.5}, "momentum is 1.5"),
         ({"momentum": -0.1}, "momentum is -0.1"),
         ({"momentum": float("nan")}, "momentum is nan"),
+        ({"batch_size": 0}, "batch_size is 0, expected a positive integer"),
+        ({"batch_size": 8.0}, "batch_size is 8.0"),
+        ({"feature_dtype": torch.int64}, "feature_dtype is torch.int64, expected a float dtype"),
+        ({"process_group": 0}, "process_group is 0, expected a process group"),
     ],
 )
 def test_bad_tracker_arguments(arguments: dict[str, Any], words: str) -> None:

@@ -1,7 +1,7 @@
 """One test or more for each pitfall that concerns tracker, classifier access, loss, rotation, projection and capture.
 
 Numbers are those of the project's list of pitfalls. D1 (syncs) is test_no_sync.py; C1 to C3, C5 and B3 need several
-ranks: test_distributed_smoke.py; D9 (CUDA graphs) needs a GPU: gpu/test_gpu.py.
+ranks: distributed/test_ranks.py; D9 (CUDA graphs) needs a GPU: gpu/test_gpu.py.
 """
 
 import copy
@@ -37,7 +37,7 @@ def test_every_pitfall_in_scope_has_a_test() -> None:
     text = "\n".join(f.read_text() for f in Path(__file__).parent.rglob("test_*.py"))
     named = set(re.findall(r"\b[A-D]\d{1,2}\b", text))
     wanted = {"A5", "A17", "B1", "B5", "B6", "B9", "C7", "C8", "C10", "C11", "D11", "D12"}
-    wanted |= {f"D{i}" for i in range(1, 9)}
+    wanted |= {f"D{i}" for i in range(1, 9)} | {f"C{i}" for i in range(1, 14)} | {"B2", "B3", "B4", "B7", "B8"}
     assert wanted <= named
 
 
@@ -353,6 +353,56 @@ def test_c8_updates_under_inference_mode_do_not_spoil_later_training(soft: bool)
 
 def network() -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, D), nn.ReLU(), nn.Linear(D, C))
+
+
+def test_c9_weight_averaging_of_a_model_with_a_tracker() -> None:
+    """C9: an average of an integer counter is not one; every entry is a float, averages alike, and loads again."""
+
+    def make() -> nn.ModuleDict:
+        fc = nn.Linear(D, C)
+        return nn.ModuleDict({"fc": fc, "spareg": spalign.SpARegLoss(fc)})
+
+    model = make()
+    average = AveragedModel(model, use_buffers=True)
+    total = {k: torch.zeros_like(v) for k, v in model.state_dict().items()}
+    for step in range(3):
+        model["spareg"](*make_batch(step, N, C, D))
+        average.update_parameters(model)
+        for k, v in model.state_dict().items():
+            total[k] += v / 3
+    values = average.module.state_dict()
+    assert all(v.is_floating_point() for v in values.values())
+    for k, v in values.items():
+        torch.testing.assert_close(v, total[k], rtol=1e-5, atol=1e-6)  # a running mean in float32
+    averaged: Any = average.module.eval()
+    loss = averaged["spareg"]()
+    assert 0 < loss < 2
+    reloaded = make().eval()
+    reloaded.load_state_dict(values)
+    assert torch.equal(reloaded["spareg"](), loss)
+
+
+def test_c12_nothing_is_added_to_checkpoints_of_the_model() -> None:
+    """C12: old checkpoints load strictly with every strategy attached (what is missing then: D12)."""
+    model = network()
+    keys = list(model.state_dict())
+    spareg, _ = spalign.SpARegLoss(model[2]), spalign.FeatureCapture(model[2])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    spalign.SpAProj(optimizer, model[2], spareg.tracker, gamma=0.3)
+    spalign.SpASlerp(model[2], spareg.tracker, total_steps=3)
+    assert list(model.state_dict()) == keys
+
+
+def test_c13_every_number_that_matters_is_a_buffer() -> None:
+    """C13: after a load, the next update, and what is read from it, are bit-equal."""
+    spareg = spalign.SpARegLoss(nn.Linear(D, C))
+    for step in range(3):
+        spareg(*make_batch(step, N, C, D))
+    other = spalign.SpARegLoss(spareg.classifier)
+    other.load_state_dict(spareg.state_dict())
+    h, y = make_batch(3, N, C, D)
+    assert torch.equal(other(h, y), spareg(h, y))
+    assert same_state(other, state_of(spareg))
 
 
 @pytest.mark.parametrize("make", [copy.deepcopy, AveragedModel])

@@ -293,3 +293,19 @@ def test_inductor_on_the_device() -> None:
         got = torch.compile(run, fullgraph=True)(w, g)
     for a, b in zip(got, run(w, g), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)  # another order of sums
+
+
+def test_ranks_that_repeat_each_other_s_update_hold_the_same_bits() -> None:
+    """B8: every rank takes in a gathered batch; a class's samples, added in any order, would let ranks drift."""
+    h, y = make_batch(0, 4096, 3, D)
+    states = []
+    for _ in range(5):
+        tracker = spalign.ClassMeanTracker(5000, D, device=DEVICE)
+        for momentum in (0.1, None):
+            whole = F._parse_batch(h.to(DEVICE), y.to(DEVICE), 5000, -1, torch.float32)
+            state = (tracker.mean, tracker.weight, whole)
+            F._update_from_rows_(*state, y.to(DEVICE), momentum, tracker.mean_sum, same_bits=True)
+        states.append(state_of(tracker))
+    for other in states[1:]:
+        for name, value in states[0].items():
+            assert torch.equal(other[name], value), name
