@@ -1,7 +1,7 @@
 """SpA-Proj: an optimizer wrapper that removes classifier gradient leading away from class means."""
 
 from collections.abc import Callable
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor
@@ -15,17 +15,37 @@ from spalign.tracker import ClassMeanTracker
 
 __all__ = ["SpAProj"]
 
+_STEP_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 _READ_THROUGH = (
     "param_groups",
     "state",
     "defaults",
-    "_optimizer_step_pre_hooks",
-    "_optimizer_step_post_hooks",
+    *_STEP_HOOKS,
     "_optimizer_state_dict_pre_hooks",
     "_optimizer_state_dict_post_hooks",
     "_optimizer_load_state_dict_pre_hooks",
     "_optimizer_load_state_dict_post_hooks",
 )
+# Where wrappers keep the optimizer that they step.
+_INNER = ("optimizer", "_optimizer", "base_optimizer", "_base_optimizer")
+
+
+def _stepped(optimizer: Any) -> Optimizer:
+    """Return the optimizer that moves the parameters: the innermost of wrappers such as SAM, Lookahead, Accelerate's.
+
+    Only there are the gradients those of the update and the rows those that it moves; and some wrappers run no hooks
+    (pitfall A2).
+    """
+    for name in _INNER:
+        inner = getattr(optimizer, name, None)
+        if isinstance(inner, Optimizer):
+            return _stepped(inner)
+    return cast(Optimizer, optimizer)
+
+
+def _runs_hooks(optimizer: Optimizer) -> bool:
+    """Return whether ``step`` runs step hooks: ``Optimizer.__init__`` makes tables and patches the class (A2)."""
+    return hasattr(optimizer, "_optimizer_step_pre_hooks") and getattr(type(optimizer).step, "hooked", False)
 
 
 class SpAProj(Optimizer):
@@ -38,7 +58,9 @@ class SpAProj(Optimizer):
     The object is an ``Optimizer`` that reads through to the wrapped one: ``param_groups``, ``state``, ``defaults``,
     hooks and ``state_dict()`` are the wrapped optimizer's own, so checkpoints are interchangeable with a plain run.
     Use it in the place of the wrapped optimizer everywhere (schedulers, ``GradScaler``); stepping the wrapped optimizer
-    itself projects as well, because the work is done by a step pre-hook on it.
+    itself projects as well, because the work is done by a step pre-hook on it. Of an optimizer that wraps another (SAM,
+    Lookahead, what a trainer's prepare() returns) the innermost is hooked, so either order of wrapping is the same run:
+    the gradient of the update is projected, against the rows that are moved.
 
     Args:
         optimizer: the optimizer that holds the classifier's parameters.
@@ -85,10 +107,12 @@ class SpAProj(Optimizer):
         radial: Radial = "paper",
     ) -> None:
         # Optimizer.__init__ would build second hook tables and parameter groups; everything is read through instead.
-        if not isinstance(optimizer, Optimizer) or not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        stepped = _stepped(optimizer)
+        if not isinstance(optimizer, Optimizer) or not _runs_hooks(stepped):
+            wrong = stepped if isinstance(optimizer, Optimizer) else optimizer
             raise ValueError(
-                f"the optimizer is a {type(optimizer).__name__}, expected a torch.optim.Optimizer that runs step "
-                "hooks; wrap the optimizer itself, before a trainer's prepare() does"
+                f"the optimizer is a {type(wrong).__name__}, expected a torch.optim.Optimizer that runs step hooks; "
+                "wrap the optimizer that it steps, before this or a trainer's prepare() does"
             )
         if not 0.0 <= gamma <= 1.0:
             raise ValueError(f"gamma is {gamma!r}, expected a share of the original gradient in [0, 1]")
@@ -98,11 +122,11 @@ class SpAProj(Optimizer):
         adapter.require_trainable("projected")
         adapter.leaves()
         tracker._check_classifier(adapter)
-        for hook in optimizer._optimizer_step_pre_hooks.values():
+        for hook in stepped._optimizer_step_pre_hooks.values():
             owner = getattr(hook, "__self__", None)
             if isinstance(owner, SpAProj) and owner.classifier.same_weight(adapter):
                 raise ValueError(
-                    f"this {type(optimizer).__name__} projects {owner.classifier} already, expected one SpAProj per "
+                    f"this {type(stepped).__name__} projects {owner.classifier} already, expected one SpAProj per "
                     "classifier; call remove() on the first one"
                 )
         self.optimizer = optimizer
@@ -111,7 +135,7 @@ class SpAProj(Optimizer):
         self.gamma = float(gamma)
         self.radial: Radial = radial
         self._held: Tensor | None = None
-        self._handle: RemovableHandle | None = optimizer.register_step_pre_hook(self._before_step)
+        self._handle: RemovableHandle | None = stepped.register_step_pre_hook(self._before_step)
 
     # ------------------------------------------------------------------------------------------------------------------
     # The projection
@@ -218,6 +242,14 @@ class SpAProj(Optimizer):
         """Reset the gradients of the wrapped optimizer."""
         self.optimizer.zero_grad(set_to_none)
 
+    def train(self) -> None:
+        """Put a schedule-free optimizer into training mode; others have no modes."""
+        getattr(self.optimizer, "train", lambda: None)()
+
+    def eval(self) -> None:
+        """Put a schedule-free optimizer into evaluation mode; others have no modes."""
+        getattr(self.optimizer, "eval", lambda: None)()
+
     def state_dict(self) -> dict[str, Any]:
         """Return the wrapped optimizer's state, nothing added."""
         return self.optimizer.state_dict()
@@ -239,17 +271,22 @@ class SpAProj(Optimizer):
         projecting = state.pop("projecting")
         self.__dict__.update(state)
         self._held = None
-        self._handle = self.optimizer.register_step_pre_hook(self._before_step) if projecting else None
+        self._handle = _stepped(self.optimizer).register_step_pre_hook(self._before_step) if projecting else None
 
     def __repr__(self) -> str:
         return f"SpAProj({self.optimizer!r}, {self.classifier}, gamma={self.gamma}, radial={self.radial!r})"
 
 
 def _read_through(name: str) -> property:
-    """Read and write an attribute of the wrapped optimizer, which may be replaced there at any time (pitfall A3)."""
-    return property(
-        lambda self: getattr(self.optimizer, name), lambda self, value: setattr(self.optimizer, name, value)
-    )
+    """Read and write an attribute of the wrapped optimizer, which may be replaced there at any time (pitfall A3).
+
+    Step hooks are those of the optimizer that runs them: wrappers may have none, or tables that nothing runs.
+    """
+
+    def owner(self: SpAProj) -> Any:
+        return _stepped(self.optimizer) if name in _STEP_HOOKS else self.optimizer
+
+    return property(lambda self: getattr(owner(self), name), lambda self, value: setattr(owner(self), name, value))
 
 
 for _name in _READ_THROUGH:
