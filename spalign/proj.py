@@ -187,8 +187,11 @@ class SpAProj(Optimizer):
         if by_rows and distributed.is_sharded(direction):
             mean_CD = self.classifier.localize(mean_CD)
             alignable_C = self.classifier.localize(alignable_C.unsqueeze(1))[:, 0]
+        grad = direction.grad.to_dense() if direction.grad.is_sparse else part(direction.grad)
+        # With maximize=True the optimizer goes along the gradient: it descends along its negative.
+        uphill = self._maximizes(optimizer, direction)
         projected_CD = functional.project_gradient(
-            self.classifier.as_rows(part(direction.grad)),
+            self.classifier.as_rows(-grad if uphill else grad),
             self.classifier.as_rows(part(direction)),
             mean_CD,
             alignable_C,
@@ -196,8 +199,13 @@ class SpAProj(Optimizer):
             radial=self.radial,
             center_D=center_D,
         )
+        if uphill:
+            projected_CD = projected_CD.neg_()
         # In place: CUDA graphs and DDP's buckets know the gradient by its address (pitfall A17).
-        if by_rows:
+        if direction.grad.is_sparse:
+            projected = self.classifier.as_stored(projected_CD)
+            direction.grad.copy_(projected.sparse_mask(direction.grad.coalesce()))
+        elif by_rows:
             self.classifier.as_rows(part(direction.grad)).copy_(projected_CD)
         else:
             direction.grad.copy_(distributed.shard_like(self.classifier.as_stored(projected_CD), direction.grad))
@@ -217,6 +225,15 @@ class SpAProj(Optimizer):
                 "build the optimizer from the parameters the model has now (sharding and assign=True replace them)"
             )
         self._held = direction
+
+    @staticmethod
+    def _maximizes(optimizer: Optimizer, direction: Tensor) -> bool:
+        """Return whether the optimizer was told to go up the gradient, by an option of the group or for all groups."""
+        anywhere = getattr(optimizer, "maximize", False)
+        return any(
+            group.get("maximize", anywhere) and any(p is direction for p in group["params"])
+            for group in optimizer.param_groups
+        )
 
     def remove(self) -> None:
         """Stop projecting. The wrapped optimizer goes on as if it had never been wrapped."""

@@ -341,6 +341,16 @@ def test_sam_projects_the_gradient_of_the_update_at_the_rows_it_moves(name: str)
     assert keys(runs[0].optimizer.state_dict()) == keys(plain.optimizer.state_dict())
 
 
+@pytest.mark.parametrize("name", ["Lion", "AdamP", "Yogi"])
+def test_maximizing_kept_outside_of_the_groups(name: str) -> None:
+    """These optimizers keep ``maximize`` as an attribute."""
+    make = getattr(package("pytorch_optimizer"), name)
+    up = Run(Row(make, {"lr": 0.02, "maximize": True})).train(3)
+    down = Run(Row(make, {"lr": 0.02})).train(3)
+    assert close(up.weights(), down.weights())
+    assert far(down.weights(), Run(Row(make, {"lr": 0.02}), "plain").train(3).weights())
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # What a trainer's prepare() returns (A2)
 # ----------------------------------------------------------------------------------------------------------------------
