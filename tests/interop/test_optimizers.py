@@ -270,17 +270,17 @@ def test_distributed_checkpoint(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
-def test_copies_attach_again_and_step_their_own_parameters(row: Row, how: str) -> None:
+def test_copies_attach_again_and_step_their_own_parameters(kind: Row, how: str) -> None:
     """A12: copies of the wrapped optimizer carry no hooks."""
-    if row.needs_closure:
+    if kind.needs_closure:
         pytest.skip("torch: a copied LBFGS has lost its list of parameters")
-    s = Run(row).train(2)
+    s = Run(kind).train(2)
     other = copy.deepcopy(s) if how == "deepcopy" else pickle.loads(pickle.dumps(s))
     before = s.weights()
     other.train(2, 2)
     assert same(s.weights(), before)
     assert same(s.train(2, 2).weights(), other.weights())
-    assert far(other.weights(), Run(row, "plain").train(4).weights())
+    assert far(other.weights(), Run(kind, "plain").train(4).weights())
 
 
 def test_double_attach_raises_and_remove_makes_room(kind: Row) -> None:

@@ -5,6 +5,7 @@ the optimizer that is wrapped afterwards; checkpoints replace the groups whose r
 """
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -148,12 +149,13 @@ def test_a_scheduler_made_before_is_not_told_to_step_late() -> None:
     assert s.inner.param_groups[0]["lr"] == 0.01
 
 
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 @pytest.mark.parametrize("attach", ["before", "after"])
-def test_removing_and_copying_under_a_scheduler(attach: str) -> None:
+def test_removing_and_copying_under_a_scheduler(attach: str, how: str) -> None:
     """A12, A13: the patched ``step`` of the instance goes with neither the copy nor ``remove()``."""
     s, scheduler = start(CLASSES["SGD"], THREE["StepLR"], attach)
     train(s, scheduler, 0, 2)
-    other = copy.deepcopy(s)
+    other = copy.deepcopy(s) if how == "deepcopy" else pickle.loads(pickle.dumps(s))
     before = s.weights()
     other.train(2, 2)
     assert same(s.weights(), before)
