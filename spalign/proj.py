@@ -27,7 +27,7 @@ _READ_THROUGH = (
     "_optimizer_load_state_dict_post_hooks",
 )
 # Where wrappers keep the optimizer that they step.
-_INNER = ("optimizer", "_optimizer", "base_optimizer", "_base_optimizer")
+_INNER = ("optimizer", "_optimizer", "base_optimizer", "_base_optimizer", "original_optimizer")
 
 
 def _stepped(optimizer: Any) -> Optimizer:

@@ -359,21 +359,28 @@ def test_maximizing_kept_outside_of_the_groups(name: str) -> None:
 class Prepared(Optimizer):
     """An optimizer that never ran ``Optimizer.__init__``, built as Accelerate's is, without scaler."""
 
-    def __init__(self, optimizer: Optimizer) -> None:
-        self.optimizer = optimizer
+    def __init__(self, optimizer: Optimizer, attribute: str = "optimizer") -> None:
+        self.__dict__.update({attribute: optimizer, "attribute": attribute})
 
-    param_groups = property(lambda self: self.optimizer.param_groups)
-    state = property(lambda self: self.optimizer.state)
-    defaults = property(lambda self: self.optimizer.defaults)
+    @property
+    def held(self) -> Optimizer:
+        """The optimizer that is stepped."""
+        found: Optimizer = self.__dict__[self.attribute]
+        return found
+
+    attribute: str
+    param_groups = property(lambda self: self.held.param_groups)
+    state = property(lambda self: self.held.state)
+    defaults = property(lambda self: self.held.defaults)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        self.optimizer.zero_grad(set_to_none)
+        self.held.zero_grad(set_to_none)
 
     def step(self, closure: Any = None) -> Any:
-        return self.optimizer.step(closure)
+        return self.held.step(closure)
 
     def state_dict(self) -> dict[str, Any]:
-        return self.optimizer.state_dict()
+        return self.held.state_dict()
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__.copy()
@@ -382,11 +389,13 @@ class Prepared(Optimizer):
         self.__dict__.update(state)
 
 
+# Accelerate and many more, Lightning Fabric, SAM and its kin, timm, opacus.
+@pytest.mark.parametrize("name", ["optimizer", "_optimizer", "base_optimizer", "_base_optimizer", "original_optimizer"])
 @pytest.mark.parametrize("closure", [False, True])
-def test_attaching_before_and_after_prepare_is_the_same_run(closure: bool) -> None:
+def test_attaching_before_and_after_prepare_is_the_same_run(closure: bool, name: str) -> None:
     """A2: the hook runs once per step in both cases; Accelerate passes a closure by position, also None."""
-    before = build(lambda s: Prepared(s.wrap(s.inner)))
-    after = build(lambda s: s.wrap(Prepared(s.inner)))
+    before = build(lambda s: Prepared(s.wrap(s.inner), name))
+    after = build(lambda s: s.wrap(Prepared(s.inner, name)))
     calls: list[int] = []
     for s in (before, after):
         if s is after:

@@ -75,6 +75,20 @@ def test_maximizing_the_negative_loss_is_minimizing_the_loss(name: str) -> None:
     assert close(up.weights(), down.weights())
 
 
+@pytest.mark.parametrize("ascending", [False, True])
+def test_maximize_is_that_of_the_classifiers_own_group(ascending: bool) -> None:
+    """Groups may go different ways; only the one that holds the classifier's weight counts."""
+    runs = []
+    for mode in ("wrapped", "by hand"):
+        s = Run(ROWS["SGD maximize"] if ascending else CLASSES["SGD"], mode)
+        group = s.inner.param_groups[0]
+        group["params"] = [p for p in group["params"] if p is not s.fc.weight]
+        s.inner.add_param_group({"params": [s.fc.weight], "maximize": ascending})
+        group["maximize"] = not ascending
+        runs.append(s.train(3))
+    assert close(runs[0].weights(), runs[1].weights())
+
+
 def test_a_restored_checkpoint_may_say_maximize() -> None:
     """``load_state_dict`` replaces the options of the groups."""
     up = Run(ROWS["SGD maximize"])
