@@ -1,5 +1,7 @@
 """SpA-Proj: an optimizer wrapper that removes classifier gradient leading away from class means."""
 
+import inspect
+import weakref
 from collections.abc import Callable
 from typing import Any, cast, overload
 
@@ -26,6 +28,7 @@ _READ_THROUGH = (
     "_optimizer_load_state_dict_pre_hooks",
     "_optimizer_load_state_dict_post_hooks",
 )
+_NOT_COPIED = ("_handles", "_held", "_done", "step")
 # Where wrappers keep the optimizer that they step.
 _INNER = ("optimizer", "_optimizer", "base_optimizer", "_base_optimizer", "original_optimizer")
 
@@ -46,6 +49,12 @@ def _stepped(optimizer: Any) -> Optimizer:
 def _runs_hooks(optimizer: Optimizer) -> bool:
     """Return whether ``step`` runs step hooks: ``Optimizer.__init__`` makes tables and patches the class (A2)."""
     return hasattr(optimizer, "_optimizer_step_pre_hooks") and getattr(type(optimizer).step, "hooked", False)
+
+
+def _steps_may_nest(optimizer: Optimizer) -> bool:
+    """Return whether ``step`` may call that of a base class, which is patched to run the same hooks once more."""
+    defined = (vars(c)["step"] for c in type(optimizer).__mro__ if "step" in vars(c) and c is not Optimizer)
+    return len({inspect.unwrap(step) for step in defined}) > 1
 
 
 class SpAProj(Optimizer):
@@ -134,8 +143,17 @@ class SpAProj(Optimizer):
         self.tracker = tracker
         self.gamma = float(gamma)
         self.radial: Radial = radial
+        self._handles: list[RemovableHandle] = []
+        self._attach()
+
+    def _attach(self) -> None:
+        optimizer = _stepped(self.optimizer)
         self._held: Tensor | None = None
-        self._handle: RemovableHandle | None = stepped.register_step_pre_hook(self._before_step)
+        self._done: tuple[weakref.ref[Tensor], int] | None = None
+        self._nests = _steps_may_nest(optimizer)
+        self._handles = [optimizer.register_step_pre_hook(self._before_step)]
+        if self._nests:
+            self._handles.append(optimizer.register_step_post_hook(self._after_step))
 
     # ------------------------------------------------------------------------------------------------------------------
     # The projection
@@ -148,18 +166,31 @@ class SpAProj(Optimizer):
         position = 1 if args and args[0] is optimizer else 0
         closure = kwargs["closure"] if "closure" in kwargs else args[position] if len(args) > position else None
         if closure is None:
-            self._project(optimizer)
+            if not self._is_done():
+                self._project(optimizer)
             return None
 
         def projected_closure() -> Any:
             with torch.enable_grad():
                 loss = closure()
-            self._project(optimizer)
+            if not self._is_done():
+                self._project(optimizer)
             return loss
 
         if "closure" in kwargs:
             return args, {**kwargs, "closure": projected_closure}
         return (*args[:position], projected_closure, *args[position + 1 :]), kwargs
+
+    def _after_step(self, *_: Any) -> None:
+        self._done = None
+
+    def _is_done(self) -> bool:
+        """Return whether the gradient was projected by this very step, which has called that of its base class."""
+        if self._done is None:
+            return False
+        grad, version = self._done
+        now = self.classifier.leaves().direction.grad
+        return now is not None and now is grad() and now._version == version
 
     @torch.no_grad()
     def _project(self, optimizer: Optimizer) -> None:
@@ -214,6 +245,8 @@ class SpAProj(Optimizer):
             directed_C1 = self.tracker.directions().any(1, keepdim=True)
             scale = self.classifier.as_stored(1.0 - (1.0 - self.gamma) * directed_C1.to(magnitude.dtype))
             distributed.to_local(magnitude.grad).mul_(distributed.to_local(distributed.shard_like(scale, magnitude)))
+        if self._nests:
+            self._done = weakref.ref(direction.grad), direction.grad._version
 
     def _check_held(self, optimizer: Optimizer, direction: Tensor) -> None:
         """Raise unless the optimizer holds the parameter that is projected now; it may have been replaced (A15)."""
@@ -237,9 +270,9 @@ class SpAProj(Optimizer):
 
     def remove(self) -> None:
         """Stop projecting. The wrapped optimizer goes on as if it had never been wrapped."""
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
 
     # ------------------------------------------------------------------------------------------------------------------
     # The optimizer
@@ -281,14 +314,15 @@ class SpAProj(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies of the wrapped optimizer carry no hooks (pitfall A12), nor the step that a scheduler patched in.
-        state = {name: value for name, value in self.__dict__.items() if name not in ("_handle", "_held", "step")}
-        return {**state, "projecting": self._handle is not None}
+        state = {name: value for name, value in self.__dict__.items() if name not in _NOT_COPIED}
+        return {**state, "projecting": bool(self._handles)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         projecting = state.pop("projecting")
         self.__dict__.update(state)
-        self._held = None
-        self._handle = _stepped(self.optimizer).register_step_pre_hook(self._before_step) if projecting else None
+        self._handles = []
+        if projecting:
+            self._attach()
 
     def __repr__(self) -> str:
         return f"SpAProj({self.optimizer!r}, {self.classifier}, gamma={self.gamma}, radial={self.radial!r})"

@@ -14,10 +14,11 @@ import pytest
 import torch
 from interop.optimizer_runs import CLASSES, GAMMA, ROWS, Mode, Row, Run, close, far, keys, refusal, same
 from problems import same_state, state_of
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.optim import Optimizer
 
 import spalign
 
@@ -131,6 +132,84 @@ def test_all_forms_of_step_are_bit_equal(kind: Row) -> None:
     results = [run_form(kind, form, inner) for form, inner in itertools.product(forms, (False, True))]
     assert all(same(r, results[0]) for r in results)
     assert close(results[0][0], Run(kind, "by hand").train(3).weights())
+
+
+class Subclass(torch.optim.SGD):
+    """Calls a closure as it is, with gradients switched off, where torch's own optimizers switch them on."""
+
+    pass_on = False
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        if self.pass_on:
+            return super().step(closure)
+        loss = None if closure is None else closure()
+        super().step()
+        return loss
+
+
+class PassesOn(Subclass):
+    """Leaves the closure to its base class."""
+
+    pass_on = True
+
+
+@pytest.mark.parametrize("make", [Subclass, PassesOn])
+@pytest.mark.parametrize("closure", [False, True])
+def test_a_step_that_calls_its_base_class_projects_once(make: type[Optimizer], closure: bool) -> None:
+    """A7, A16: torch patches the class of every optimizer that is made, so there the hooks run twice in one step.
+
+    And a closure runs with gradients on, whatever the optimizer does about that.
+    """
+    torch.optim.SGD([nn.Parameter(torch.zeros(1))])  # from here on the base class is patched
+    s, by_hand = Run(Row(make, CLASSES["SGD"].options)), Run(CLASSES["SGD"], "by hand").train(4)
+    for seed in range(4):
+        if closure:
+            s.optimizer.step(s.closure(seed))
+        else:
+            s.train(1, seed)
+    assert close(s.weights(), by_hand.weights())
+
+
+def test_two_classifiers_in_a_step_that_calls_its_base_class() -> None:
+    """A14, A16: each is projected once, in a closure too, where one hook wraps what the other has wrapped."""
+    torch.optim.SGD([nn.Parameter(torch.zeros(1))])
+    for closure in (False, True):
+        runs = []
+        for make in (PassesOn, torch.optim.SGD):
+            s, other = Run(Row(make, CLASSES["SGD"].options)), Run(CLASSES["SGD"], "plain")
+            s.inner.add_param_group({"params": list(other.model.parameters())})
+            spalign.SpAProj(s.optimizer, other.fc, other.tracker, gamma=0.3)
+
+            def both(s: Run = s, other: Run = other) -> float:
+                s.optimizer.zero_grad()
+                (s.loss(0) + 2 * other.loss(1)).backward()
+                return 0.0
+
+            if closure:
+                s.optimizer.step(both)
+            else:
+                both()
+                s.optimizer.step()
+            runs.append(s.weights() + other.weights())
+        assert same(*runs)
+
+
+def test_a_nested_step_that_raised_does_not_keep_the_next_from_being_projected() -> None:
+    """A16: also with gradients that keep their place."""
+    s, by_hand = Run(Row(Subclass, CLASSES["SGD"].options)), Run(CLASSES["SGD"], "by hand").train(2)
+    weights = copy.deepcopy(s.model.state_dict())
+    failing = s.inner.register_step_pre_hook(lambda *_: 1 / 0)  # type: ignore[arg-type]
+    s.closure(5)()
+    with pytest.raises(ZeroDivisionError):
+        s.optimizer.step()
+    failing.remove()
+    assert same(s.model.state_dict(), weights)
+    for seed in range(2):
+        s.optimizer.zero_grad(set_to_none=False)
+        s.loss(seed).backward()
+        s.optimizer.step()
+    assert close(s.weights(), by_hand.weights())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
