@@ -195,6 +195,21 @@ def test_two_classifiers_in_a_step_that_calls_its_base_class() -> None:
         assert same(*runs)
 
 
+@pytest.mark.parametrize("make", [torch.optim.SGD, Subclass])
+def test_gradients_that_a_replayed_graph_writes_are_projected_at_every_step(make: type[Optimizer]) -> None:
+    """A17: a replay fills the same memory again, and no version counter tells."""
+    s, by_hand = Run(Row(make, CLASSES["SGD"].options)), Run(CLASSES["SGD"], "by hand")
+    s.closure(0)()
+    for seed in range(3):
+        for p, g in zip(
+            s.model.parameters(), torch.autograd.grad(s.loss(seed), list(s.model.parameters())), strict=True
+        ):
+            assert p.grad is not None
+            p.grad.data.copy_(g)
+        s.optimizer.step()
+    assert close(s.weights(), by_hand.train(3).weights())
+
+
 def test_a_nested_step_that_raised_does_not_keep_the_next_from_being_projected() -> None:
     """A16: also with gradients that keep their place."""
     s, by_hand = Run(Row(Subclass, CLASSES["SGD"].options)), Run(CLASSES["SGD"], "by hand").train(2)
