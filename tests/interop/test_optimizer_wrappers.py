@@ -3,12 +3,12 @@
 Which order is right: either, where the wrapper is an ``Optimizer``. The projection goes to the innermost optimizer, the
 one that moves the parameters, so ``SpAProj(Wrapper(sgd))`` and ``Wrapper(SpAProj(sgd))`` are the same run:
 
-==============================  ============================================================================
-schedulefree optimizers         plain optimizers with two modes; ``train()`` and ``eval()`` go through
-schedulefree.ScheduleFreeWrapper  no ``Optimizer``: ``ScheduleFreeWrapper(SpAProj(sgd))``; the other way raises
-Lookahead (timm, pytorch_optimizer)  either; the fast weights' steps are projected. timm's runs no step hooks itself
-SAM and its kin                 either; the second gradient, at the rows that it moves, not at the perturbed ones
-==============================  ============================================================================
+===================================  ===================================================================================
+schedulefree's optimizers            plain optimizers with two modes; ``train()`` and ``eval()`` go through
+schedulefree's ScheduleFreeWrapper   no ``Optimizer``: ``ScheduleFreeWrapper(SpAProj(sgd))``, the other way raises
+Lookahead (timm, pytorch_optimizer)  either; the fast weights' steps are projected; timm's runs no step hooks itself
+SAM and its kin                      either; the second gradient, against the rows it moves, not the perturbed ones
+===================================  ===================================================================================
 
 The reference is the wrapper around an SGD that projects its gradients by hand in its own ``step``.
 """
