@@ -224,6 +224,8 @@ def test_a_nested_step_that_raised_does_not_keep_the_next_from_being_projected(h
     with pytest.raises(ZeroDivisionError):
         s.optimizer.step()
     failing.remove()
+    copy.deepcopy(s).optimizer.step()
+    pickle.loads(pickle.dumps(s.optimizer))
     assert same(s.model.state_dict(), weights)
     for seed in range(2):
         s.optimizer.zero_grad(set_to_none=how != "in place")
@@ -476,22 +478,27 @@ def test_all_gradients_missing_is_a_step_that_does_nothing(kind: Row) -> None:
 )
 def test_compiled_step_equals_eager_and_compiles_once(name: str, how: str) -> None:
     """A19: hooks are traced, whether ``step`` is compiled or a function that calls it."""
-    torch.compiler.reset()
     s, eager = Run(ROWS[name]), Run(ROWS[name.replace("capturable", "for-loop")])
-    counter = CompileCounter()
 
-    def function() -> None:
-        s.optimizer.step()
+    def compile_and_train(run: Run) -> list[int]:
+        def function() -> None:
+            run.optimizer.step()
 
-    step: Any = torch.compile(s.optimizer.step if how == "step" else function, backend=counter)
-    frames = []
-    for seed in range(5):
-        s.closure(seed)()
-        step()
-        frames.append(counter.frame_count)
-        eager.train(1, start=seed)
+        torch.compiler.reset()
+        counter = CompileCounter()
+        step: Any = torch.compile(run.optimizer.step if how == "step" else function, backend=counter)
+        frames = []
+        for seed in range(5):
+            run.closure(seed)()
+            step()
+            frames.append(counter.frame_count)
+        return frames
+
+    frames, plain = compile_and_train(s), compile_and_train(Run(ROWS[name], "plain"))
+    eager.train(5)
     assert frames[0] >= 1
-    assert frames[-1] == frames[1], "compiles again and again"
+    # A graph more is fine, for the hook; a counter in it would be compiled again at the second step.
+    assert [n - frames[0] for n in frames] == [n - plain[0] for n in plain], "compiled again no more often than plain"
     for a, b in zip(s.weights(), eager.weights(), strict=True):
         # Compiled, Adam takes powers of its decay rates in float32.
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
