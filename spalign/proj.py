@@ -1,7 +1,9 @@
 """SpA-Proj: an optimizer wrapper that removes classifier gradient leading away from class means."""
 
+import inspect
+import weakref
 from collections.abc import Callable
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor
@@ -15,17 +17,44 @@ from spalign.tracker import ClassMeanTracker
 
 __all__ = ["SpAProj"]
 
+_STEP_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 _READ_THROUGH = (
     "param_groups",
     "state",
     "defaults",
-    "_optimizer_step_pre_hooks",
-    "_optimizer_step_post_hooks",
+    *_STEP_HOOKS,
     "_optimizer_state_dict_pre_hooks",
     "_optimizer_state_dict_post_hooks",
     "_optimizer_load_state_dict_pre_hooks",
     "_optimizer_load_state_dict_post_hooks",
 )
+_NOT_COPIED = ("_handles", "_held", "_done", "step")
+# Where wrappers keep the optimizer that they step.
+_INNER = ("optimizer", "_optimizer", "base_optimizer", "_base_optimizer", "original_optimizer")
+
+
+def _stepped(optimizer: Any) -> Optimizer:
+    """Return the optimizer that moves the parameters: the innermost of wrappers such as SAM, Lookahead, Accelerate's.
+
+    Only there are the gradients those of the update and the rows those that it moves; and some wrappers run no hooks
+    (pitfall A2).
+    """
+    for name in _INNER:
+        inner = getattr(optimizer, name, None)
+        if isinstance(inner, Optimizer):
+            return _stepped(inner)
+    return cast(Optimizer, optimizer)
+
+
+def _runs_hooks(optimizer: Optimizer) -> bool:
+    """Return whether ``step`` runs step hooks: ``Optimizer.__init__`` makes tables and patches the class (A2)."""
+    return hasattr(optimizer, "_optimizer_step_pre_hooks") and getattr(type(optimizer).step, "hooked", False)
+
+
+def _steps_may_nest(optimizer: Optimizer) -> bool:
+    """Return whether ``step`` may call that of a base class, which is patched to run the same hooks once more."""
+    defined = (vars(c)["step"] for c in type(optimizer).__mro__ if "step" in vars(c) and c is not Optimizer)
+    return len({inspect.unwrap(step) for step in defined}) > 1
 
 
 class SpAProj(Optimizer):
@@ -38,7 +67,9 @@ class SpAProj(Optimizer):
     The object is an ``Optimizer`` that reads through to the wrapped one: ``param_groups``, ``state``, ``defaults``,
     hooks and ``state_dict()`` are the wrapped optimizer's own, so checkpoints are interchangeable with a plain run.
     Use it in the place of the wrapped optimizer everywhere (schedulers, ``GradScaler``); stepping the wrapped optimizer
-    itself projects as well, because the work is done by a step pre-hook on it.
+    itself projects as well, because the work is done by a step pre-hook on it. Of an optimizer that wraps another (SAM,
+    Lookahead, what a trainer's prepare() returns) the innermost is hooked, so either order of wrapping is the same run:
+    the gradient of the update is projected, against the rows that are moved.
 
     Args:
         optimizer: the optimizer that holds the classifier's parameters.
@@ -85,10 +116,12 @@ class SpAProj(Optimizer):
         radial: Radial = "paper",
     ) -> None:
         # Optimizer.__init__ would build second hook tables and parameter groups; everything is read through instead.
-        if not isinstance(optimizer, Optimizer) or not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        stepped = _stepped(optimizer)
+        if not isinstance(optimizer, Optimizer) or not _runs_hooks(stepped):
+            wrong = stepped if isinstance(optimizer, Optimizer) else optimizer
             raise ValueError(
-                f"the optimizer is a {type(optimizer).__name__}, expected a torch.optim.Optimizer that runs step "
-                "hooks; wrap the optimizer itself, before a trainer's prepare() does"
+                f"the optimizer is a {type(wrong).__name__}, expected a torch.optim.Optimizer that runs step hooks; "
+                "wrap the optimizer that it steps, before this or a trainer's prepare() does"
             )
         if getattr(optimizer, "_overlap_with_ddp", False):
             raise ValueError(
@@ -103,11 +136,11 @@ class SpAProj(Optimizer):
         adapter.require_trainable("projected")
         adapter.leaves()
         tracker._check_classifier(adapter)
-        for hook in optimizer._optimizer_step_pre_hooks.values():
+        for hook in stepped._optimizer_step_pre_hooks.values():
             owner = getattr(hook, "__self__", None)
             if isinstance(owner, SpAProj) and owner.classifier.same_weight(adapter):
                 raise ValueError(
-                    f"this {type(optimizer).__name__} projects {owner.classifier} already, expected one SpAProj per "
+                    f"this {type(stepped).__name__} projects {owner.classifier} already, expected one SpAProj per "
                     "classifier; call remove() on the first one"
                 )
         self.optimizer = optimizer
@@ -115,8 +148,17 @@ class SpAProj(Optimizer):
         self.tracker = tracker
         self.gamma = float(gamma)
         self.radial: Radial = radial
+        self._handles: list[RemovableHandle] = []
+        self._attach()
+
+    def _attach(self) -> None:
+        optimizer = _stepped(self.optimizer)
         self._held: Tensor | None = None
-        self._handle: RemovableHandle | None = optimizer.register_step_pre_hook(self._before_step)
+        self._done: tuple[weakref.ref[Tensor], int] | None = None
+        self._nests = _steps_may_nest(optimizer)
+        self._handles = [optimizer.register_step_pre_hook(self._before_step)]
+        if self._nests:
+            self._handles.append(optimizer.register_step_post_hook(self._after_step))
 
     # ------------------------------------------------------------------------------------------------------------------
     # The projection
@@ -129,18 +171,31 @@ class SpAProj(Optimizer):
         position = 1 if args and args[0] is optimizer else 0
         closure = kwargs["closure"] if "closure" in kwargs else args[position] if len(args) > position else None
         if closure is None:
-            self._project(optimizer)
+            if not self._is_done():
+                self._project(optimizer)
             return None
 
         def projected_closure() -> Any:
             with torch.enable_grad():
                 loss = closure()
-            self._project(optimizer)
+            if not self._is_done():
+                self._project(optimizer)
             return loss
 
         if "closure" in kwargs:
             return args, {**kwargs, "closure": projected_closure}
         return (*args[:position], projected_closure, *args[position + 1 :]), kwargs
+
+    def _after_step(self, *_: Any) -> None:
+        self._done = None
+
+    def _is_done(self) -> bool:
+        """Return whether the gradient was projected by this very step, which has called that of its base class."""
+        if self._done is None:
+            return False
+        grad, version = self._done
+        now = self.classifier.leaves().direction.grad
+        return now is not None and now is grad() and now._version == version
 
     @torch.no_grad()
     def _project(self, optimizer: Optimizer) -> None:
@@ -170,8 +225,11 @@ class SpAProj(Optimizer):
         if by_rows and distributed.is_sharded(direction):
             mean_CD = self.classifier.localize(mean_CD)
             alignable_C = self.classifier.localize(alignable_C.unsqueeze(1))[:, 0]
+        grad = direction.grad.to_dense() if direction.grad.is_sparse else part(direction.grad)
+        # With maximize=True the optimizer goes along the gradient: it descends along its negative.
+        uphill = self._maximizes(optimizer, direction)
         projected_CD = functional.project_gradient(
-            self.classifier.as_rows(part(direction.grad)),
+            self.classifier.as_rows(-grad if uphill else grad),
             self.classifier.as_rows(part(direction)),
             mean_CD,
             alignable_C,
@@ -179,8 +237,13 @@ class SpAProj(Optimizer):
             radial=self.radial,
             center_D=center_D,
         )
+        if uphill:
+            projected_CD = projected_CD.neg_()
         # In place: CUDA graphs and DDP's buckets know the gradient by its address (pitfall A17).
-        if by_rows:
+        if direction.grad.is_sparse:
+            projected = self.classifier.as_stored(projected_CD)
+            direction.grad.copy_(projected.sparse_mask(direction.grad.coalesce()))
+        elif by_rows:
             self.classifier.as_rows(part(direction.grad)).copy_(projected_CD)
         else:
             direction.grad.copy_(distributed.shard_like(self.classifier.as_stored(projected_CD), direction.grad))
@@ -189,6 +252,8 @@ class SpAProj(Optimizer):
             directed_C1 = self.tracker.directions().any(1, keepdim=True)
             scale = self.classifier.as_stored(1.0 - (1.0 - self.gamma) * directed_C1.to(magnitude.dtype))
             distributed.to_local(magnitude.grad).mul_(distributed.to_local(distributed.shard_like(scale, magnitude)))
+        if self._nests:
+            self._done = weakref.ref(direction.grad), direction.grad._version
 
     def _check_held(self, optimizer: Optimizer, direction: Tensor) -> None:
         """Raise unless the optimizer holds the parameter that is projected now; it may have been replaced (A15)."""
@@ -201,11 +266,20 @@ class SpAProj(Optimizer):
             )
         self._held = direction
 
+    @staticmethod
+    def _maximizes(optimizer: Optimizer, direction: Tensor) -> bool:
+        """Return whether the optimizer was told to go up the gradient, by an option of the group or for all groups."""
+        anywhere = getattr(optimizer, "maximize", False)
+        return any(
+            group.get("maximize", anywhere) and any(p is direction for p in group["params"])
+            for group in optimizer.param_groups
+        )
+
     def remove(self) -> None:
         """Stop projecting. The wrapped optimizer goes on as if it had never been wrapped."""
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
 
     # ------------------------------------------------------------------------------------------------------------------
     # The optimizer
@@ -225,6 +299,14 @@ class SpAProj(Optimizer):
         """Reset the gradients of the wrapped optimizer."""
         self.optimizer.zero_grad(set_to_none)
 
+    def train(self) -> None:
+        """Put a schedule-free optimizer into training mode; others have no modes."""
+        getattr(self.optimizer, "train", lambda: None)()
+
+    def eval(self) -> None:
+        """Put a schedule-free optimizer into evaluation mode; others have no modes."""
+        getattr(self.optimizer, "eval", lambda: None)()
+
     def state_dict(self) -> dict[str, Any]:
         """Return the wrapped optimizer's state, nothing added."""
         return self.optimizer.state_dict()
@@ -239,24 +321,30 @@ class SpAProj(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies of the wrapped optimizer carry no hooks (pitfall A12), nor the step that a scheduler patched in.
-        state = {name: value for name, value in self.__dict__.items() if name not in ("_handle", "_held", "step")}
-        return {**state, "projecting": self._handle is not None}
+        state = {name: value for name, value in self.__dict__.items() if name not in _NOT_COPIED}
+        return {**state, "projecting": bool(self._handles)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         projecting = state.pop("projecting")
         self.__dict__.update(state)
-        self._held = None
-        self._handle = self.optimizer.register_step_pre_hook(self._before_step) if projecting else None
+        self._handles = []
+        if projecting:
+            self._attach()
 
     def __repr__(self) -> str:
         return f"SpAProj({self.optimizer!r}, {self.classifier}, gamma={self.gamma}, radial={self.radial!r})"
 
 
 def _read_through(name: str) -> property:
-    """Read and write an attribute of the wrapped optimizer, which may be replaced there at any time (pitfall A3)."""
-    return property(
-        lambda self: getattr(self.optimizer, name), lambda self, value: setattr(self.optimizer, name, value)
-    )
+    """Read and write an attribute of the wrapped optimizer, which may be replaced there at any time (pitfall A3).
+
+    Step hooks are those of the optimizer that runs them: wrappers may have none, or tables that nothing runs.
+    """
+
+    def owner(self: SpAProj) -> Any:
+        return _stepped(self.optimizer) if name in _STEP_HOOKS else self.optimizer
+
+    return property(lambda self: getattr(owner(self), name), lambda self, value: setattr(owner(self), name, value))
 
 
 for _name in _READ_THROUGH:

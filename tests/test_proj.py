@@ -1,9 +1,11 @@
-"""SpAProj: the projection in front of any optimizer, and an honest optimizer to everything around it."""
+"""SpAProj: the projection in front of an optimizer, and an honest optimizer to everything around it.
+
+Every optimizer, scheduler, checkpoint, scaler and copy: interop/test_optimizers.py and its neighbours.
+"""
 
 import copy
 import inspect
 import pickle
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +15,7 @@ import reference
 import torch
 from problems import HEADS, Head, make_batch, make_problem, same_state, state_of, to_bools, to_numpy
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, AdamW, Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, ReduceLROnPlateau, StepLR
+from torch.optim import SGD, AdamW, Optimizer
 
 import spalign
 from spalign.classifier import ClassifierLike
@@ -218,15 +219,6 @@ def test_projection_is_applied_once_per_step_after_accumulation_and_clipping() -
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)  # the two sum the batch in different orders
 
 
-def test_stepping_the_wrapped_optimizer_itself_projects_once_too() -> None:
-    a, b = Setup(SGD, lr=0.1), Setup(SGD, lr=0.1)
-    a.train(3)
-    b.optimizer, facade = b.inner, b.optimizer
-    b.train(3)
-    assert same(a.weights(), b.weights())
-    assert isinstance(facade, spalign.SpAProj)
-
-
 def test_two_classifiers_on_one_optimizer() -> None:
     """Heads of one model are projected by one wrapper each; wrapping a wrapper adds a second projection."""
     heads = [nn.Parameter(rows()), nn.Parameter(rows().flip(0))]
@@ -245,25 +237,8 @@ def test_two_classifiers_on_one_optimizer() -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Missing gradients
+# Parameters that the optimizer does not hold
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-def test_all_gradients_missing_is_a_step_that_does_nothing() -> None:
-    s = Setup(AdamW, lr=0.1)
-    before = s.weights()
-    s.optimizer.step()
-    assert same(s.weights(), before)
-
-
-def test_only_the_classifiers_gradient_missing_raises_and_says_how_to_proceed() -> None:
-    s = Setup(SGD, lr=0.1)
-    s.loss(0).backward()
-    s.fc.weight.grad = None
-    before = s.weights()
-    with pytest.raises(RuntimeError, match=r"has no gradient.*DeepSpeed.*project_gradient"):
-        s.optimizer.step()
-    assert same(s.weights(), before)
 
 
 def test_a_classifier_that_the_optimizer_does_not_hold_raises_at_the_first_step() -> None:
@@ -276,61 +251,9 @@ def test_a_classifier_that_the_optimizer_does_not_hold_raises_at_the_first_step(
         optimizer.step()
 
 
-def test_a_replaced_parameter_raises_until_the_optimizer_holds_it() -> None:
-    """Pitfalls A15 and B1: ``assign=True`` replaces the parameter; the optimizer has to be told."""
-    s = Setup(SGD, lr=0.1)
-    s.train(1)
-    s.fc.load_state_dict(copy.deepcopy(s.fc.state_dict()), assign=True)
-    s.loss(1).backward()
-    with pytest.raises(RuntimeError, match=r"does not hold the parameter"):
-        s.optimizer.step()
-    s.inner.param_groups[0]["params"] = list(s.model.parameters())
-    s.inner.state.clear()
-    g = s.fc.weight.grad
-    assert g is not None
-    want = expected(g, s.fc.weight, s.tracker)
-    s.optimizer.step()
-    np.testing.assert_allclose(to_numpy(g), want, **SINGLE)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Closures (pitfall A7)
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-def run_form(make: Callable[..., Optimizer], form: str, inner: bool, **options: Any) -> list[Tensor]:
-    s = Setup(make, **options)
-    stepper = s.inner if inner else s.optimizer
-    for seed in range(4):
-        closure = s.closure(seed)
-        if form in ("step()", "step(None)"):
-            value: float | None = closure()
-            if form == "step()":
-                stepper.step()
-            else:
-                stepper.step(None)
-        else:
-            value = stepper.step(closure) if form == "step(closure)" else stepper.step(closure=closure)
-        assert isinstance(value, float)
-    return s.weights()
-
-
-@pytest.mark.parametrize("inner", [False, True], ids=["facade", "wrapped"])
-@pytest.mark.parametrize(
-    ("make", "options"),
-    [(SGD, {"lr": 0.1, "momentum": 0.9}), (AdamW, {"lr": 0.01}), (torch.optim.LBFGS, {"lr": 0.1, "max_iter": 3})],
-    ids=["SGD", "AdamW", "LBFGS"],
-)
-def test_all_forms_of_step_are_bit_equal(make: Callable[..., Optimizer], options: dict[str, Any], inner: bool) -> None:
-    forms = ["step(closure)", "step(closure=closure)"]
-    if make is not torch.optim.LBFGS:  # needs its closure
-        forms += ["step()", "step(None)"]
-    results = [run_form(make, form, inner, **options) for form in forms]
-    assert all(same(r, results[0]) for r in results)
-    unprojected = Setup(make, wrap=False, **options)
-    for seed in range(4):
-        unprojected.optimizer.step(unprojected.closure(seed))
-    assert not torch.equal(unprojected.weights()[2], results[0][2]), "the projection was in effect"
 
 
 def test_a_closure_runs_with_gradients_enabled_and_its_loss_comes_back() -> None:
@@ -370,99 +293,17 @@ def test_is_an_optimizer_that_reads_through() -> None:
     assert "SGD" in repr(facade)
 
 
-@pytest.mark.parametrize("name", ["step", "zero_grad", "state_dict", "load_state_dict", "add_param_group"])
+OVERRIDDEN = [
+    name for name, value in vars(spalign.SpAProj).items() if inspect.isfunction(value) and name in vars(Optimizer)
+]
+
+
+@pytest.mark.parametrize("name", [name for name in OVERRIDDEN if not name.startswith("_")])
 def test_signatures_are_those_of_torch(name: str) -> None:
     """Pitfall A11: callers pass these by keyword."""
     ours = inspect.signature(getattr(spalign.SpAProj, name)).parameters.values()
     theirs = inspect.signature(getattr(Optimizer, name)).parameters.values()
     assert [(p.name, p.kind, p.default) for p in ours] == [(p.name, p.kind, p.default) for p in theirs]
-
-
-SCHEDULERS: dict[str, Callable[[Optimizer], Any]] = {
-    "StepLR": lambda o: StepLR(o, 1, gamma=0.5),
-    "OneCycleLR": lambda o: OneCycleLR(o, max_lr=0.3, total_steps=10),
-    "ReduceLROnPlateau": lambda o: ReduceLROnPlateau(o, patience=0, factor=0.5),
-    "CosineAnnealingLR": lambda o: CosineAnnealingLR(o, 5),
-}
-
-
-@pytest.mark.parametrize("name", SCHEDULERS)
-@pytest.mark.parametrize("attach", ["before", "after"])
-def test_schedulers_move_the_learning_rate_that_is_used(name: str, attach: str) -> None:
-    """Pitfalls A1, A13: built on the facade, or on the inner optimizer before it is wrapped; no warning either way."""
-    s = Setup(SGD, wrap=False, lr=0.1, momentum=0.9)
-    twin = Setup(SGD, lr=0.1, momentum=0.9)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        if attach == "before":
-            s.optimizer = spalign.SpAProj(s.inner, s.fc, s.tracker, gamma=0.3)
-            scheduler = SCHEDULERS[name](s.optimizer)
-        else:
-            scheduler = SCHEDULERS[name](s.inner)
-            s.optimizer = spalign.SpAProj(s.inner, s.fc, s.tracker, gamma=0.3)
-        want = SCHEDULERS[name](twin.inner)
-        rates = []
-        for step in range(4):
-            for run, sched in ((s, scheduler), (twin, want)):
-                run.train(1, start=step)
-                sched.step(*((1.0,) if name == "ReduceLROnPlateau" else ()))
-            rates.append(s.inner.param_groups[0]["lr"])
-            assert rates[-1] == twin.inner.param_groups[0]["lr"]
-    assert len(set(rates)) > 1
-    assert same(s.weights(), twin.weights())
-
-
-def test_a_scheduler_still_moves_the_rate_after_a_checkpoint_was_loaded() -> None:
-    """Pitfall A3."""
-    s = Setup(SGD, lr=0.1)
-    scheduler = StepLR(s.optimizer, 1, gamma=0.5)
-    s.train(1)
-    s.optimizer.load_state_dict(copy.deepcopy(s.optimizer.state_dict()))
-    scheduler.step()
-    assert s.optimizer.param_groups is s.inner.param_groups
-    assert s.inner.param_groups[0]["lr"] == 0.05
-
-
-@pytest.mark.parametrize("make", [SGD, Adam, AdamW])
-def test_state_dict_is_key_for_key_that_of_an_unwrapped_twin_and_loads_into_it(make: Callable[..., Optimizer]) -> None:
-    """Pitfalls A8, A9."""
-    options: dict[str, Any] = {"lr": 0.1, "momentum": 0.9} if make is SGD else {"lr": 0.1}
-    plain, wrapped = Setup(make, wrap=False, **options), Setup(make, **options)
-    plain.train(2)
-    wrapped.train(2)
-    a, b = plain.optimizer.state_dict(), wrapped.optimizer.state_dict()
-
-    def keys(x: Any) -> Any:
-        if isinstance(x, dict):
-            return {k: keys(v) for k, v in x.items()}
-        return [keys(v) for v in x] if isinstance(x, list) else type(x)
-
-    assert keys(a) == keys(b)
-    plain.optimizer.load_state_dict(state_dict=copy.deepcopy(b))
-    wrapped.optimizer.load_state_dict(state_dict=copy.deepcopy(a))
-    plain.train(1)
-    wrapped.train(1)
-
-
-def test_resuming_from_a_checkpoint_equals_not_stopping() -> None:
-    a, b = Setup(AdamW, lr=0.1), Setup(AdamW, lr=0.1)
-    a.train(3)
-    b.model.load_state_dict(copy.deepcopy(a.model.state_dict()))
-    b.optimizer.load_state_dict(copy.deepcopy(a.optimizer.state_dict()))
-    a.train(3, start=3)
-    b.train(3, start=3)
-    assert same(a.weights(), b.weights())
-
-
-def test_saving_a_distributed_checkpoint_of_a_fresh_optimizer_changes_nothing() -> None:
-    """Pitfall A10: it takes a step with zero gradients."""
-    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
-
-    s = Setup(AdamW, lr=0.1)
-    before, tracked = s.weights(), state_of(s.tracker)
-    get_optimizer_state_dict(s.model, s.optimizer)
-    assert same(s.weights(), before)
-    assert same_state(s.tracker, tracked)
 
 
 def test_add_param_group_and_zero_grad_reach_the_wrapped_optimizer() -> None:
@@ -492,100 +333,9 @@ def test_step_hooks_registered_on_the_facade_run_once_per_step() -> None:
     assert len(calls) == 5
 
 
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("make", [SGD, AdamW])
-def test_grad_scaler_equals_the_unscaled_run_and_skips_inf(make: Callable[..., Optimizer], fused: bool) -> None:
-    """Pitfalls A4, A6: through the facade, unscale_ and clipping included."""
-    plain, scaled = (Setup(make, lr=0.01, fused=fused) for _ in range(2))
-    scaler = torch.amp.GradScaler("cpu", init_scale=65536.0)
-    for seed in range(3):
-        plain.closure(seed)()
-        nn.utils.clip_grad_norm_(plain.model.parameters(), 0.5)
-        plain.optimizer.step()
-        scaled.optimizer.zero_grad()
-        scaler.scale(scaled.loss(seed)).backward()
-        scaler.unscale_(scaled.optimizer)
-        nn.utils.clip_grad_norm_(scaled.model.parameters(), 0.5)
-        scaler.step(scaled.optimizer)
-        scaler.update()
-    # The scale is a power of two: scaling and unscaling are exact.
-    assert same(plain.weights(), scaled.weights())
-
-    plain.closure(9)()
-    plain.optimizer.step()
-    scaled.optimizer.zero_grad()
-    scaler.scale(scaled.loss(9)).backward()
-    scaler.step(scaled.optimizer)  # without unscale_
-    scaler.update()
-    assert same(plain.weights(), scaled.weights())
-
-    before = scaled.weights()
-    scaled.optimizer.zero_grad()
-    scaler.scale(scaled.loss(5) * torch.inf).backward()
-    scaler.step(scaled.optimizer)
-    scaler.update()
-    assert same(scaled.weights(), before)
-    assert scaler.get_scale() == 32768.0
-
-
-def test_a_scaler_that_steps_the_wrapped_fused_optimizer_equals_the_unscaled_run() -> None:
-    """Pitfall A5: the hook of a fused optimizer sees scaled gradients, which the projection does not mind."""
-    plain, scaled = Setup(SGD, lr=0.01, fused=True), Setup(SGD, lr=0.01, fused=True)
-    scaler = torch.amp.GradScaler("cpu", init_scale=65536.0)
-    seen: list[float] = []
-    scaled.inner.register_step_pre_hook(lambda *_: seen.append(grad_norm(scaled)))
-    for seed in range(3):
-        plain.train(1, start=seed)
-        scaled.optimizer.zero_grad()
-        scaler.scale(scaled.loss(seed)).backward()
-        scaler.step(scaled.inner)
-        scaler.update()
-    assert min(seen) > 1000 * grad_norm(plain), "the gradients were scaled where the hook met them"
-    # Scaling by a power of two is exact; the fused kernel may unscale within a multiply-add.
-    for a, b in zip(plain.weights(), scaled.weights(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
-    before = scaled.weights()
-    scaled.optimizer.zero_grad()
-    scaler.scale(scaled.loss(5) * torch.inf).backward()
-    scaler.step(scaled.inner)
-    assert same(scaled.weights(), before)
-
-
-def grad_norm(s: Setup) -> float:
-    assert s.fc.weight.grad is not None
-    return float(s.fc.weight.grad.norm())
-
-
-def test_fused_optimizer_without_scaler() -> None:
-    a, b = Setup(SGD, lr=0.1, fused=False), Setup(SGD, lr=0.1, fused=True)
-    a.train(3)
-    b.train(3)
-    for x, y in zip(a.weights(), b.weights(), strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-7)  # the fused kernel may use one multiply-add
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Attaching and copying
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-def test_double_attach_raises_and_remove_makes_room() -> None:
-    """Pitfall A14."""
-    s = Setup(SGD, lr=0.1)
-    facade = s.optimizer
-    assert isinstance(facade, spalign.SpAProj)
-    hooks = len(s.inner._optimizer_step_pre_hooks)
-    for optimizer in (s.inner, facade):
-        for classifier in (s.fc, s.fc.weight, spalign.Classifier(s.fc)):
-            with pytest.raises(ValueError, match=r"projects .* already.*remove"):
-                spalign.SpAProj(optimizer, classifier, s.tracker, gamma=0.3)
-    assert len(s.inner._optimizer_step_pre_hooks) == hooks
-    facade.remove()
-    s.optimizer = spalign.SpAProj(s.inner, s.fc, s.tracker, gamma=0.3)
-    twin = Setup(SGD, lr=0.1)
-    s.train(2)
-    twin.train(2)
-    assert same(s.weights(), twin.weights())
 
 
 def test_after_remove_a_run_is_bit_equal_to_no_wrapper() -> None:
@@ -605,28 +355,6 @@ def copied(s: Setup, how: str) -> Setup:
         copy.deepcopy(parts) if how == "deepcopy" else pickle.loads(pickle.dumps(parts))
     )
     return other
-
-
-@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
-@pytest.mark.parametrize("scheduled", [False, True])
-def test_copies_attach_again_and_step_their_own_parameters(how: str, scheduled: bool) -> None:
-    """Pitfall A12."""
-    s = Setup(SGD, lr=0.1, momentum=0.9)
-    if scheduled:  # a scheduler patches step on the instance
-        StepLR(s.optimizer, 1)
-    s.train(2)
-    other = copied(s, how)
-    assert isinstance(other.optimizer, spalign.SpAProj)
-    before = s.weights()
-    other.train(2, start=2)
-    assert same(s.weights(), before)
-    s.train(2, start=2)
-    assert same(s.weights(), other.weights())
-    again = copied(other, how)
-    other.optimizer.remove()
-    again.train(1, start=4)
-    s.train(1, start=4)
-    assert same(s.weights(), again.weights())
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
