@@ -13,6 +13,7 @@ Equation numbers are those of *Space Alignment Matters*; where the printed formu
 
 import contextlib
 import math
+import numbers
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -79,6 +80,11 @@ class _Batch(NamedTuple):
     h: Tensor
     weight: Tensor
     labels: Tensor | None
+
+
+def _is_number_in(value: object, low: float, high: float) -> bool:
+    """Return whether ``value`` is a number, not a string or tensor of one, in [low, high]; NaN is in no interval."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and low <= float(value) <= high
 
 
 def _math_dtype(*tensors: Tensor) -> torch.dtype:

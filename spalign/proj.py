@@ -90,8 +90,11 @@ class SpAProj(Optimizer):
                 f"the optimizer is a {type(optimizer).__name__}, expected a torch.optim.Optimizer that runs step "
                 "hooks; wrap the optimizer itself, before a trainer's prepare() does"
             )
-        if not 0.0 <= gamma <= 1.0:
-            raise ValueError(f"gamma is {gamma!r}, expected a share of the original gradient in [0, 1]")
+        if not functional._is_number_in(gamma, 0.0, 1.0):
+            raise ValueError(
+                f"gamma is {gamma!r}, expected a share of the original gradient in [0, 1], as a number; 1 changes "
+                "nothing, 0 removes all that leads away"
+            )
         if radial not in ("paper", "keep"):
             raise ValueError(f"radial is {radial!r}, expected 'paper' or 'keep'")
         adapter = Classifier.of(classifier)

@@ -1,5 +1,6 @@
 """Running class means of features: the one state that the three strategies share."""
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -77,15 +78,21 @@ class ClassMeanTracker(nn.Module):
         for name, value in (("num_classes", num_classes), ("feature_dim", feature_dim)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}, expected a positive integer; read it off the classifier weight")
-        if momentum is not None and not 0.0 < momentum <= 1.0:
+        if momentum is not None and not (functional._is_number_in(momentum, 0.0, 1.0) and momentum > 0.0):
             raise ValueError(
                 f"momentum is {momentum!r}, expected a number in (0, 1], the weight of the new value, or None for the "
                 "exact cumulative mean; for an EMA decay d pass 1 - d"
             )
+        try:
+            self.ignore_index = operator.index(ignore_index)
+        except TypeError:
+            raise ValueError(
+                f"ignore_index is {ignore_index!r}, expected an integer; to pass over no sample leave it at -100, "
+                "which no label equals"
+            ) from None
         self.num_classes = num_classes
         self.feature_dim = feature_dim
-        self.momentum = momentum
-        self.ignore_index = ignore_index
+        self.momentum = None if momentum is None else float(momentum)
         self.process_group = process_group
         self.register_buffer("mean", torch.zeros(num_classes, feature_dim, device=device, dtype=torch.float32))
         self.register_buffer("weight", torch.zeros(num_classes, device=device, dtype=torch.float32))
