@@ -150,8 +150,9 @@ class ClassMeanTracker(nn.Module):
                 label each row's floor is ignored, so smoothing changes nothing; mixed samples count for each of their
                 classes by weight.
 
-        Rows with a non-finite value and samples labelled ``ignore_index`` change nothing. So do labels outside [0, C)
-        on accelerators, where checking them would wait for the device.
+        Rows with a non-finite value, or too long for their squared length to be finite, and samples labelled
+        ``ignore_index`` change nothing. So do labels outside [0, C) on accelerators, where checking them would wait for
+        the device.
 
         Raises:
             ValueError: wrong shape, dtype or device, or, on the CPU, a label outside [0, C). No state is changed.
@@ -293,7 +294,7 @@ class ClassMeanTracker(nn.Module):
         if targets.numel() == 0:
             return False
         if targets.is_floating_point():
-            lowest = float(np.fmin.reduce(targets.detach().double().numpy(), axis=None))
+            lowest = float(np.fmin.reduce(targets.detach().double().resolve_neg().numpy(), axis=None))
             if lowest < 0:
                 raise ValueError(f"soft labels contain {lowest:.6g}, expected weights of at least 0")
             return False
