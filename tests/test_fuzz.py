@@ -90,7 +90,7 @@ class Expected:
         self.batch_C = self.q_NC.sum(0)
         self.rate_C = reference.update_rates(weight, self.batch_C, tracker.momentum)
         self.before = mean
-        usable = np.where((self.q_NC > 0).any(1)[:, None], h_ND, 0.0)
+        usable = np.where((self.q_NC > 0).any(1, keepdims=True), h_ND, 0.0)
         self.scale = max(1e-300, np.abs(mean).max(), np.abs(usable).max(initial=0.0))
         self.sums = self.q_NC.T @ usable
 
@@ -99,7 +99,7 @@ class Expected:
         got = to_numpy(mean)
         np.testing.assert_allclose(got, self.mean, rtol=0, atol=ROUNDINGS * (self.eps * self.scale + self.smallest))
         np.testing.assert_allclose(to_numpy(weight), self.weight, rtol=ROUNDINGS * self.eps)
-        absent: Bools = np.equal(self.batch_C, 0)
+        absent = self.batch_C == 0
         assert np.array_equal(got[absent], self.before[absent]), "a class that is not in the batch moved"
 
     def pulled_back(self, grad_CD: Array) -> Array:
