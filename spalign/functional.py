@@ -13,6 +13,7 @@ Equation numbers are those of *Space Alignment Matters*; where the printed formu
 
 import contextlib
 import math
+import numbers
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -64,7 +65,7 @@ class BatchShare(NamedTuple):
         """Turn a gradient by the new means, (C, D), into one by the features, (N, D)."""
         if self.labels is None:
             with _no_autocast(grad_CD):
-                return self.rate @ grad_CD
+                return self.rate.to(grad_CD.dtype) @ grad_CD  # a float64 classifier may meet float32 means
         return grad_CD.index_select(0, self.labels) * self.rate.unsqueeze(1)
 
 
@@ -78,6 +79,11 @@ class _Batch(NamedTuple):
     h: Tensor
     weight: Tensor
     labels: Tensor | None
+
+
+def _is_number_in(value: object, low: float, high: float) -> bool:
+    """Return whether ``value`` is a number, not a string or tensor of one, in [low, high]; NaN is in no interval."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and low <= float(value) <= high
 
 
 def _math_dtype(*tensors: Tensor) -> torch.dtype:
@@ -104,8 +110,10 @@ def _zero_non_finite_(x: Tensor) -> Tensor:
 
 def _parse_batch(features: Tensor, targets: Tensor, num_classes: int, ignore_index: int, dtype: torch.dtype) -> _Batch:
     h_ND = features.to(dtype)
-    # A row sum is finite exactly when every entry is (unless it overflows, and then the mean would too).
-    usable_N = _is_finite(h_ND.sum(1))
+    # Finite exactly where every entry is, unless it overflows: nothing could be aligned to such a row, and within this
+    # bound neither sums of rows nor differences can overflow and stay in the means for good (pitfall D3).
+    squared_N = _dots(h_ND, h_ND)
+    usable_N = _is_finite(squared_N)
     if not targets.is_floating_point():
         labels_N = targets.long()  # num_classes may not fit into uint8
         usable_N = usable_N & (labels_N >= 0) & (labels_N < num_classes)
@@ -118,9 +126,12 @@ def _parse_batch(features: Tensor, targets: Tensor, num_classes: int, ignore_ind
     total_N = q_NC.sum(1)
     excess_NC = q_NC - q_NC.amin(1, keepdim=True)
     excess_N = excess_NC.sum(1)
-    usable_N = usable_N & torch.isfinite(total_N) & (total_N > 0) & (excess_N > 1e-6 * total_N)
+    usable_N = torch.isfinite(total_N * total_N * squared_N) & (total_N > 0) & (excess_N > 1e-6 * total_N)
     scale_N = torch.where(usable_N, total_N / torch.where(usable_N, excess_N, 1.0), 0.0)
-    return _Batch(h_ND, _zero_non_finite_(excess_NC) * scale_N.unsqueeze(1), None)
+    weight_NC = _zero_non_finite_(excess_NC) * scale_N.unsqueeze(1)
+    # What a softmax leaves of a hopeless class is too little to divide by.
+    least = torch.finfo(dtype).tiny / torch.finfo(dtype).eps
+    return _Batch(h_ND, weight_NC.masked_fill_(weight_NC < least, 0.0), None)
 
 
 def _batch_statistics(batch: _Batch, num_classes: int) -> tuple[Tensor, Tensor]:
@@ -486,15 +497,17 @@ def _dots(x_CD: Tensor, y_CD: Tensor) -> Tensor:
 def _centered(
     mean_CD: Tensor, seen_C: Tensor, center_D: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return d_CD = mu - mu_G, the least |d_c|^2 that is a direction (0-dim), and the classes that may have one."""
-    floor = 16 * torch.finfo(_math_dtype(mean_CD)).eps
+    """Return d_CD = mu - mu_G, the bound that |d_c|^2 of a direction exceeds, and the classes that may have one."""
+    info = torch.finfo(_math_dtype(mean_CD))
+    floor = 16 * info.eps
     mean_CD = mean_CD.to(dtype)
     if center_D is None:
         center_D = global_mean(mean_CD, seen_C)
         seen_C = seen_C & (seen_C.sum() > 1)  # a single class lies on the global mean
     center_D = center_D.to(dtype)
     # A difference of this size is the rounding of its terms: it points nowhere.
-    return mean_CD - center_D, floor**2 * torch.dot(center_D, center_D), seen_C
+    least = floor**2 * torch.dot(center_D, center_D) + info.tiny
+    return mean_CD - center_D, least, seen_C
 
 
 def _rows(
@@ -505,8 +518,10 @@ def _rows(
     d_CD, least, seen_C = _centered(mean_CD, seen_C, center_D, dtype)
     dd_C, ww_C, wd_C = _dots(d_CD, d_CD), _dots(w_CD, w_CD), _dots(w_CD, d_CD)
     inv_w_C, inv_d_C = ww_C.rsqrt(), dd_C.rsqrt()
-    # The inverse of a norm is not positive where the row is not finite, and infinite where it is zero.
-    valid_C = seen_C & (dd_C > least) & (ww_C > 0) & (torch.minimum(inv_w_C, inv_d_C) > 0)
+    # The inverse of a norm is not positive where the row is not finite, and where the row is so short that the inverse
+    # of its squared norm is not, it counts as zero.
+    tiny = torch.finfo(_math_dtype(weight_CD)).tiny
+    valid_C = seen_C & (dd_C > least) & (ww_C > tiny) & (torch.minimum(inv_w_C, inv_d_C) > 0)
     valid_C = _row_mask(valid_C) if one_pass else valid_C
     return _masked_rows(w_CD, d_CD, inv_w_C, inv_d_C, wd_C, valid_C)
 
@@ -534,7 +549,7 @@ def _rows_across(weight_CD: Tensor, mean_CD: Tensor, seen_C: Tensor, center_D: T
     d_CD, least, seen_C = _centered(mean_CD, seen_C, center_D, dtype)
     ww_C, wd_C = _dots(w_CD, w_CD), _dots(w_CD, d_CD)
     inv_w_C = ww_C.rsqrt()
-    has_row_C = _row_mask((ww_C > 0) & (inv_w_C > 0))
+    has_row_C = _row_mask((ww_C > torch.finfo(_math_dtype(weight_CD)).tiny) & (inv_w_C > 0))
     k_C = (wd_C * inv_w_C * inv_w_C).masked_fill_(~has_row_C, 0.0)
     across_CD = d_CD - w_CD * _column(k_C)
     aa_C = _dots(across_CD, across_CD)

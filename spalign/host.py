@@ -20,6 +20,7 @@ _Floats = NDArray[np.floating[Any]]
 _Ints = NDArray[np.int64]
 
 _PLAIN = (Tensor, nn.Parameter)
+_IN_NUMPY = (torch.float32, torch.float64, torch.float16)
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 # Up to this many elements, calls cost more than passing over memory does.
 _FEW = 1 << 16
@@ -46,8 +47,8 @@ def all_usable(targets: Tensor, num_classes: int, ignore_index: int) -> bool:
 
 
 def can_read(features: Tensor) -> bool:
-    """Return whether features are on the CPU and in a type that numpy has."""
-    return type(features) in _PLAIN and features.is_cpu and features.dtype is not torch.bfloat16
+    """Return whether features are on the CPU and in a form that numpy has."""
+    return type(features) in _PLAIN and features.is_cpu and features.dtype in _IN_NUMPY and not features.is_neg()
 
 
 def update_class_means_(
@@ -62,13 +63,12 @@ def update_class_means_(
 
     Returns the rate of each sample, (N,); or None, with nothing changed, if the features are not all finite.
     """
-    h_ND = (features.detach() if features.requires_grad else features).numpy()
     mean, weight, labels = mean_CD.numpy(), weight_C.numpy(), labels_N.numpy()
-    if h_ND.dtype is not mean.dtype:
-        h_ND = h_ND.astype(mean.dtype)
+    features = features.detach() if features.requires_grad else features
+    h_ND = (features if features.dtype is mean_CD.dtype else features.to(mean_CD.dtype)).numpy()
     few = max(len(h_ND), len(mean)) * mean.shape[1] <= _FEW
-    # Finite where all terms are, unless it overflows: then the general way looks again.
-    if not math.isfinite(np.vdot(h_ND, h_ND) if few else torch.from_numpy(h_ND).sum().numpy()):
+    # Finite where all terms are, unless it overflows: then the general way looks again, row by row.
+    if not math.isfinite(np.vdot(h_ND, h_ND)):
         return None
     if few:
         rate_N, row_ND = _rows_(mean, weight, h_ND, labels, momentum)

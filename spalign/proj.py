@@ -128,8 +128,11 @@ class SpAProj(Optimizer):
                 f"the {type(optimizer).__name__} has overlap_with_ddp=True, expected False: it moves parameters while "
                 "gradients are still being reduced, so nothing can be projected before its step"
             )
-        if not 0.0 <= gamma <= 1.0:
-            raise ValueError(f"gamma is {gamma!r}, expected a share of the original gradient in [0, 1]")
+        if not functional._is_number_in(gamma, 0.0, 1.0):
+            raise ValueError(
+                f"gamma is {gamma!r}, expected a share of the original gradient in [0, 1], as a number; 1 changes "
+                "nothing, 0 removes all that leads away"
+            )
         if radial not in ("paper", "keep"):
             raise ValueError(f"radial is {radial!r}, expected 'paper' or 'keep'")
         adapter = Classifier.of(classifier)

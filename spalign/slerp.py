@@ -73,10 +73,14 @@ class SpASlerp:
             self.total_steps = 0
         if self.total_steps < 1:
             raise ValueError(f"total_steps is {total_steps!r}, expected a positive integer, the calls of step()")
-        if not 0.0 <= alpha_max <= 1.0:
-            raise ValueError(f"alpha_max is {alpha_max!r}, expected a share of the angle in [0, 1]")
-        if not -1.0 <= threshold <= 1.0:
-            raise ValueError(f"threshold is {threshold!r}, expected a cosine in [-1, 1]")
+        if not functional._is_number_in(alpha_max, 0.0, 1.0):
+            raise ValueError(
+                f"alpha_max is {alpha_max!r}, expected a share of the angle in [0, 1], as a number; 0 rotates nothing"
+            )
+        if not functional._is_number_in(threshold, -1.0, 1.0):
+            raise ValueError(
+                f"threshold is {threshold!r}, expected a cosine in [-1, 1], as a number; 1 rotates every row"
+            )
         adapter.require_trainable("rotated")
         tracker._check_classifier(adapter)
         self.classifier = adapter

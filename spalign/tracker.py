@@ -1,6 +1,7 @@
 """Running class means of features: the one state that the three strategies share."""
 
 import copy
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -100,15 +101,21 @@ class ClassMeanTracker(nn.Module):
             raise ValueError(
                 f"feature_dtype is {feature_dtype!r}, expected a float dtype of 16, 32 or 64 bits, or None"
             )
-        if momentum is not None and not 0.0 < momentum <= 1.0:
+        if momentum is not None and not (functional._is_number_in(momentum, 0.0, 1.0) and momentum > 0.0):
             raise ValueError(
                 f"momentum is {momentum!r}, expected a number in (0, 1], the weight of the new value, or None for the "
                 "exact cumulative mean; for an EMA decay d pass 1 - d"
             )
+        try:
+            self.ignore_index = operator.index(ignore_index)
+        except TypeError:
+            raise ValueError(
+                f"ignore_index is {ignore_index!r}, expected an integer; to pass over no sample leave it at -100, "
+                "which no label equals"
+            ) from None
         self.num_classes = num_classes
         self.feature_dim = feature_dim
-        self.momentum = momentum
-        self.ignore_index = ignore_index
+        self.momentum = None if momentum is None else float(momentum)
         self.process_group = process_group
         self.batch_size = batch_size
         self.feature_dtype = feature_dtype
@@ -173,8 +180,9 @@ class ClassMeanTracker(nn.Module):
                 label each row's floor is ignored, so smoothing changes nothing; mixed samples count for each of their
                 classes by weight.
 
-        Rows with a non-finite value and samples labelled ``ignore_index`` change nothing. So do labels outside [0, C)
-        on accelerators, where checking them would wait for the device.
+        Rows with a non-finite value, or too long for their squared length to be finite, and samples labelled
+        ``ignore_index`` change nothing. So do labels outside [0, C) on accelerators, where checking them would wait for
+        the device.
 
         Raises:
             ValueError: wrong shape, dtype or device, or, on the CPU, a label outside [0, C). No state is changed.
@@ -355,7 +363,7 @@ class ClassMeanTracker(nn.Module):
         if targets.numel() == 0:
             return False
         if targets.is_floating_point():
-            lowest = float(np.fmin.reduce(targets.detach().double().numpy(), axis=None))
+            lowest = float(np.fmin.reduce(targets.detach().double().resolve_neg().numpy(), axis=None))
             if lowest < 0:
                 raise ValueError(f"soft labels contain {lowest:.6g}, expected weights of at least 0")
             return False

@@ -2,8 +2,10 @@
 
 import re
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from problems import FIXED, WithBuffer, make_batch, same_state, state_of
@@ -88,6 +90,10 @@ def test_labels_are_not_checked_where_that_would_wait_for_the_device() -> None:
     tracker.update(torch.empty(4, D, device="meta"), torch.empty(4, C, device="meta"))
 
 
+# Where a number is expected: what a configuration file, an argument parser or a slip of the hand leaves instead.
+NOT_NUMBERS: list[Any] = ["0.5", None, [0.5], {}, 0.5 + 0j, True, torch.tensor(0.5)]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -103,6 +109,8 @@ def test_labels_are_not_checked_where_that_would_wait_for_the_device() -> None:
         ({"batch_size": 8.0}, "batch_size is 8.0"),
         ({"feature_dtype": torch.int64}, "feature_dtype is torch.int64, expected a float dtype"),
         ({"process_group": 0}, "process_group is 0, expected a process group"),
+        *(({"momentum": x}, f"momentum is {x!r}, expected a number in (0, 1]") for x in NOT_NUMBERS if x is not None),
+        *(({"ignore_index": x}, f"ignore_index is {x!r}, expected an integer") for x in (None, "255", 0.5)),
     ],
 )
 def test_bad_tracker_arguments(arguments: dict[str, Any], words: str) -> None:
@@ -213,6 +221,9 @@ def test_align_options() -> None:
         ({"threshold": 1.01}, "threshold is 1.01, expected a cosine in [-1, 1]"),
         ({"threshold": -2.0}, "threshold is -2.0, expected a cosine in [-1, 1]"),
         ({"threshold": float("nan")}, "threshold is nan"),
+        *(({"alpha_max": x}, f"alpha_max is {x!r}, expected a share of the angle in [0, 1]") for x in NOT_NUMBERS),
+        *(({"threshold": x}, f"threshold is {x!r}, expected a cosine in [-1, 1]") for x in NOT_NUMBERS),
+        *(({"total_steps": x}, f"total_steps is {x!r}, expected a positive integer") for x in ("5", None, [5])),
         ({"total_steps": 0}, "total_steps is 0, expected a positive integer"),
         ({"total_steps": -5}, "total_steps is -5"),
         ({"total_steps": 2.5}, "total_steps is 2.5"),
@@ -225,6 +236,17 @@ def test_slerp_arguments_out_of_range(arguments: dict[str, Any], words: str) -> 
         build_slerp(fc, tracker, **arguments)
     assert same_state(tracker, before)
     assert torch.equal(fc.weight, weight)
+
+
+@pytest.mark.parametrize("make", [float, np.float32, np.float64, Fraction])
+def test_numbers_of_every_type_are_taken_as_floats(make: Callable[[float], Any]) -> None:
+    fc = nn.Linear(D, C)
+    tracker = spalign.ClassMeanTracker(C, D, momentum=make(0.5), ignore_index=np.int64(255))
+    slerp = build_slerp(fc, tracker, alpha_max=make(0.5), threshold=make(0.5))
+    optimizer = spalign.SpAProj(torch.optim.SGD(fc.parameters(), lr=0.1), fc, tracker, gamma=make(0.5))
+    for value in (tracker.momentum, slerp.alpha_max, slerp.threshold, optimizer.gamma):
+        assert (type(value), value) == (float, 0.5)
+    assert type(tracker.ignore_index) is int
 
 
 @pytest.mark.parametrize("edges", [{"alpha_max": 0.0, "threshold": -1.0}, {"alpha_max": 1.0, "threshold": 1.0}])
@@ -247,6 +269,7 @@ def test_slerp_refuses_a_bad_state_and_keeps_its_own(state: dict[str, Any]) -> N
         ({"gamma": -0.1}, "gamma is -0.1, expected a share of the original gradient in [0, 1]"),
         ({"gamma": 1.5}, "gamma is 1.5, expected a share of the original gradient in [0, 1]"),
         ({"gamma": float("nan")}, "gamma is nan"),
+        *(({"gamma": x}, f"gamma is {x!r}, expected a share of the original gradient in [0, 1]") for x in NOT_NUMBERS),
         ({"radial": "none"}, "radial is 'none', expected 'paper' or 'keep'"),
     ],
 )

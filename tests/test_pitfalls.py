@@ -539,6 +539,92 @@ def test_d3_the_sum_of_large_finite_features_is_no_reason_for_nan() -> None:
     assert torch.isfinite(tracker.directions()).all()
 
 
+@pytest.mark.parametrize("general", [False, True], ids=["host", "general"])
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize(
+    "rows", [[[3e38, 0.0], [3e38, 0.0]], [[3e38, 0.0], [-3e38, 0.0]], [[-2e19, 1.0], [2e19, 1.0]]], ids=str
+)
+def test_d3_rows_of_finite_entries_that_overflow_in_sums_count_as_not_finite(
+    rows: list[list[float]], soft: bool, general: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """D3: each entry is finite, but not the sum of two samples or the step from one batch to the next."""
+    if general:
+        monkeypatch.setattr("spalign.host.can_read", lambda features: False)
+    tracker = spalign.ClassMeanTracker(2, 2)
+    tracker.update(torch.tensor([[1.0, 2.0]]), torch.tensor([0]))
+    before = state_of(tracker)
+    h, y = torch.tensor(rows), torch.tensor([[1.0, 0.0], [1.0, 0.0]]) if soft else torch.tensor([0, 0])
+    tracker.update(h, y)
+    for i in range(2):
+        tracker.update(h[i : i + 1], y[i : i + 1])
+    assert same_state(tracker, before)
+
+
+@pytest.mark.parametrize("weight", [1e30, 1e19])
+def test_d3_soft_labels_may_not_make_sums_overflow(weight: float) -> None:
+    """D3: finite weights times finite features."""
+    tracker = spalign.ClassMeanTracker(2, 1)
+    tracker.update(torch.full((3, 1), 1e15), torch.tensor([[weight, 0.0]]).expand(3, 2))
+    assert all(torch.isfinite(b).all() for b in tracker.buffers())
+    assert not tracker.seen.any()
+
+
+@pytest.mark.parametrize("momentum", [None, 0.1])
+def test_d8_what_a_softmax_leaves_of_a_hopeless_class_is_not_divided_by(momentum: float | None) -> None:
+    """D8: a weight of 1e-42 is no float32 divisor; the class stays unseen instead of getting a wrong mean."""
+    tracker = spalign.ClassMeanTracker(3, 1, momentum=momentum)
+    tracker.update(torch.tensor([[5.0]]), torch.tensor([[1.0, 1e-42, 0.0]]))
+    assert tracker.seen.tolist() == [True, False, False]
+    tracker.update(torch.tensor([[5.0]]), torch.tensor([[1.0, 1e-30, 0.0]]))
+    assert tracker.seen.tolist() == [True, True, False]
+    torch.testing.assert_close(tracker.mean.flatten(), torch.tensor([5.0, 5.0, 0.0]), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("general", [False, True], ids=["host", "general"])
+def test_d4_features_beyond_float32_raise_no_warning(general: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """D4: float64 features of 1e300 are infinite in float32 state, and pass by like infinite ones."""
+    if general:
+        monkeypatch.setattr("spalign.host.can_read", lambda features: False)
+    tracker = spalign.ClassMeanTracker(2, 1)
+    tracker.update(torch.tensor([[1e300], [1.0]], dtype=torch.float64), torch.tensor([0, 1]))
+    assert tracker.mean.flatten().tolist() == [0.0, 1.0]
+
+
+def test_d4_a_float64_classifier_with_float32_means_and_soft_labels() -> None:
+    """D4: their gradient meets in float64, and the state is not updated by a call that fails later."""
+    spareg = spalign.SpARegLoss(nn.Linear(D, C).double())
+    h, y = make_batch(1, N, C, D)
+    h.requires_grad_()
+    by_hard, by_soft = (
+        torch.autograd.grad(spalign.SpARegLoss(spareg.classifier)(h, t), h)[0]
+        for t in (y, nn.functional.one_hot(y, C).float())
+    )
+    assert by_soft.dtype == torch.float32
+    torch.testing.assert_close(by_soft, by_hard, rtol=1e-5, atol=1e-7)  # sums of float32 rates in another order
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_d4_features_in_eight_bits(dtype: torch.dtype) -> None:
+    """D4: numpy has no such type; they go the general way."""
+    a, b = spalign.ClassMeanTracker(C, D), spalign.ClassMeanTracker(C, D)
+    h, y = make_batch(1, N, C, D)
+    a.update(h.to(dtype), y)
+    b.update(h.to(dtype).float(), y)
+    torch.testing.assert_close(a.mean, b.mean, rtol=1e-6, atol=1e-6)
+
+
+def test_d4_views_with_the_negative_bit() -> None:
+    """D4: the imaginary part of a conjugate is a view that numpy cannot read."""
+    a, b = spalign.ClassMeanTracker(C, D), spalign.ClassMeanTracker(C, D)
+    h, y = make_batch(1, N, C, D)  # a conversion of dtype would resolve the bit
+    view, q = torch.complex(h, -h).conj().imag, nn.functional.one_hot(y, C).double()
+    assert view.is_neg()
+    for targets, negated in ((y, y), (q, torch.complex(q, -q).conj().imag)):
+        a.update(view, negated)
+        b.update(h, targets)
+    torch.testing.assert_close(a.mean, b.mean, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_d4_autocast_loss_close_to_float64(dtype: torch.dtype) -> None:
     """D4: features in half precision, state and maths in float32: within 1e-3 of the float64 value."""
@@ -642,6 +728,22 @@ def test_d6_all_classes_at_one_point(dtype: torch.dtype) -> None:
         assert not any(g.any() for g in torch.autograd.grad(loss, (fc.weight, h)))
     spalign.SpASlerp(fc, tracker, total_steps=1, alpha_max=1.0, threshold=1.0).step()
     assert torch.equal(fc.weight, before)
+
+
+@pytest.mark.parametrize("side", ["rows", "features"])
+@pytest.mark.parametrize("scale", [1e-45, 1e-38, 1e-30, 1e-20, 1e-17])
+def test_d6_gradients_of_vanishing_rows_and_features_are_finite(scale: float, side: str) -> None:
+    """D6: the gradient goes as 1 / length; where its square is no float any more, the length counts as 0."""
+    fc = nn.Linear(D, C)
+    h, y = make_batch(1, N, C, D)
+    if side == "rows":
+        nn.init.uniform_(fc.weight, -scale, scale)
+    else:
+        h = h * scale
+    h.requires_grad_()
+    grads = torch.autograd.grad(spalign.SpARegLoss(fc)(h, y), (fc.weight, h))
+    assert all(torch.isfinite(g).all() for g in grads)
+    assert bool(grads[0 if side == "rows" else 1].any()) == (scale > 1e-18)
 
 
 @pytest.mark.parametrize("scale", [1e-15, 1e-6, 1e6, 1e15])
