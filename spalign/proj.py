@@ -15,10 +15,8 @@ from spalign.tracker import ClassMeanTracker
 
 __all__ = ["SpAProj"]
 
-_READ_THROUGH = (
-    "param_groups",
-    "state",
-    "defaults",
+_OF_WRAPPED = ("param_groups", "state", "defaults")
+_OF_STEPPING = (
     "_optimizer_step_pre_hooks",
     "_optimizer_step_post_hooks",
     "_optimizer_state_dict_pre_hooks",
@@ -26,6 +24,7 @@ _READ_THROUGH = (
     "_optimizer_load_state_dict_pre_hooks",
     "_optimizer_load_state_dict_post_hooks",
 )
+_INNER = ("optimizer", "_optimizer", "base_optimizer", "_base_optimizer")  # where wrappers keep what they wrap
 
 
 class SpAProj(Optimizer):
@@ -41,7 +40,8 @@ class SpAProj(Optimizer):
     itself projects as well, because the work is done by a step pre-hook on it.
 
     Args:
-        optimizer: the optimizer that holds the classifier's parameters.
+        optimizer: the optimizer that holds the classifier's parameters. Of a wrapper that runs no hooks itself
+            (Lookahead, what Accelerate's ``prepare()`` returns) the optimizer in it gets the hook.
         classifier: the layer that maps features to logits, its weight, or a :class:`spalign.Classifier`; trainable. Of
             a weight-normed layer the direction's gradient is projected.
         tracker: class means; only read.
@@ -85,11 +85,7 @@ class SpAProj(Optimizer):
         radial: Radial = "paper",
     ) -> None:
         # Optimizer.__init__ would build second hook tables and parameter groups; everything is read through instead.
-        if not isinstance(optimizer, Optimizer) or not hasattr(optimizer, "_optimizer_step_pre_hooks"):
-            raise ValueError(
-                f"the optimizer is a {type(optimizer).__name__}, expected a torch.optim.Optimizer that runs step "
-                "hooks; wrap the optimizer itself, before a trainer's prepare() does"
-            )
+        stepping = _stepping(optimizer)
         if not 0.0 <= gamma <= 1.0:
             raise ValueError(f"gamma is {gamma!r}, expected a share of the original gradient in [0, 1]")
         if radial not in ("paper", "keep"):
@@ -98,7 +94,7 @@ class SpAProj(Optimizer):
         adapter.require_trainable("projected")
         adapter.leaves()
         tracker._check_classifier(adapter)
-        for hook in optimizer._optimizer_step_pre_hooks.values():
+        for hook in stepping._optimizer_step_pre_hooks.values():
             owner = getattr(hook, "__self__", None)
             if isinstance(owner, SpAProj) and owner.classifier.same_weight(adapter):
                 raise ValueError(
@@ -106,12 +102,13 @@ class SpAProj(Optimizer):
                     "classifier; call remove() on the first one"
                 )
         self.optimizer = optimizer
+        self._stepping = stepping
         self.classifier = adapter
         self.tracker = tracker
         self.gamma = float(gamma)
         self.radial: Radial = radial
         self._held: Tensor | None = None
-        self._handle: RemovableHandle | None = optimizer.register_step_pre_hook(self._before_step)
+        self._handle: RemovableHandle | None = stepping.register_step_pre_hook(self._before_step)
 
     # ------------------------------------------------------------------------------------------------------------------
     # The projection
@@ -239,18 +236,37 @@ class SpAProj(Optimizer):
         projecting = state.pop("projecting")
         self.__dict__.update(state)
         self._held = None
-        self._handle = self.optimizer.register_step_pre_hook(self._before_step) if projecting else None
+        self._handle = self._stepping.register_step_pre_hook(self._before_step) if projecting else None
 
     def __repr__(self) -> str:
         return f"SpAProj({self.optimizer!r}, {self.classifier}, gamma={self.gamma}, radial={self.radial!r})"
 
 
-def _read_through(name: str) -> property:
-    """Read and write an attribute of the wrapped optimizer, which may be replaced there at any time (pitfall A3)."""
-    return property(
-        lambda self: getattr(self.optimizer, name), lambda self, value: setattr(self.optimizer, name, value)
+def _stepping(optimizer: Optimizer) -> Optimizer:
+    """Return the optimizer whose ``step()`` runs hooks: the given one, or the one that a wrapper holds (pitfall A2).
+
+    A wrapper that never ran ``Optimizer.__init__`` has no hook tables, or some of the six and nothing that calls what is
+    in them (until a first ``zero_grad()``: torch patches the class there too).
+    """
+    found: Any = optimizer
+    while isinstance(found, Optimizer):
+        if getattr(type(found).step, "hooked", False) and all(hasattr(found, name) for name in _OF_STEPPING):
+            return found
+        found = next((inner for name in _INNER if isinstance(inner := getattr(found, name, None), Optimizer)), None)
+    raise ValueError(
+        f"the optimizer is a {type(optimizer).__name__}, expected a torch.optim.Optimizer that runs step hooks; wrap "
+        "the optimizer itself, before a trainer's prepare() does"
     )
 
 
-for _name in _READ_THROUGH:
-    setattr(SpAProj, _name, _read_through(_name))
+def _read_through(holder: str, name: str) -> property:
+    """Read and write an attribute of an optimizer, which may be replaced there at any time (pitfall A3)."""
+    return property(
+        lambda self: getattr(getattr(self, holder), name),
+        lambda self, value: setattr(getattr(self, holder), name, value),
+    )
+
+
+for _holder, _names in (("optimizer", _OF_WRAPPED), ("_stepping", _OF_STEPPING)):
+    for _name in _names:
+        setattr(SpAProj, _name, _read_through(_holder, _name))

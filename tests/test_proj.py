@@ -4,6 +4,7 @@ import copy
 import inspect
 import pickle
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -490,6 +491,51 @@ def test_step_hooks_registered_on_the_facade_run_once_per_step() -> None:
     s.optimizer.state_dict()
     assert calls[-1] == "state"
     assert len(calls) == 5
+
+
+class Delegating(Optimizer):
+    """A wrapper that never ran ``Optimizer.__init__``; with hook tables as timm's Lookahead, or without."""
+
+    def __init__(self, inner: Optimizer, name: str, tables: bool) -> None:
+        setattr(self, name, inner)
+        self.inner, self.tables = inner, tables
+        self.param_groups, self.defaults, self.state = inner.param_groups, inner.defaults, inner.state
+        if tables:
+            self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
+
+    def step(self, closure: Any = None) -> Any:
+        return self.inner.step(closure)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        if self.tables:
+            super().zero_grad(set_to_none)  # from here on the class's step() does run hooks
+        else:
+            self.inner.zero_grad(set_to_none)
+
+
+@pytest.mark.parametrize("tables", [False, True])
+@pytest.mark.parametrize("name", ["optimizer", "_optimizer", "base_optimizer", "_base_optimizer"])
+def test_around_a_wrapper_that_runs_no_hooks_the_optimizer_in_it_projects(name: str, tables: bool) -> None:
+    """Pitfall A2: once per step, bit for bit as without the wrapper; a hook on the wrapper would never run."""
+    wrapper = type("Wrapper", (Delegating,), {})  # torch patches the class, and the next case needs an untouched one
+    want, s = Setup(SGD, lr=0.1), Setup(SGD, wrap=False, lr=0.1)
+    s.optimizer = spalign.SpAProj(wrapper(s.inner, name, tables), s.fc, s.tracker, gamma=0.3)
+    assert len(s.inner._optimizer_step_pre_hooks) == 1
+    assert s.optimizer._optimizer_step_pre_hooks is s.inner._optimizer_step_pre_hooks
+    want.train(3)
+    s.train(3)
+    assert same(s.weights(), want.weights())
+    with pytest.raises(ValueError, match=r"projects .* already"):
+        spalign.SpAProj(s.inner, s.fc, s.tracker)
+    s.optimizer.remove()
+    assert not s.inner._optimizer_step_pre_hooks
+
+
+def test_hook_tables_without_anything_that_runs_them_are_refused() -> None:
+    """Pitfall A2."""
+    s = Setup(SGD, wrap=False, lr=0.1)
+    with pytest.raises(ValueError, match=r"optimizer is a Delegating, expected .* that runs step hooks"):
+        spalign.SpAProj(Delegating(s.inner, "hidden", tables=True), s.fc, s.tracker)
 
 
 @pytest.mark.parametrize("fused", [False, True])
