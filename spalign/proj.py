@@ -245,8 +245,8 @@ class SpAProj(Optimizer):
 def _stepping(optimizer: Optimizer) -> Optimizer:
     """Return the optimizer whose ``step()`` runs hooks: the given one, or the one that a wrapper holds (pitfall A2).
 
-    A wrapper that never ran ``Optimizer.__init__`` has no hook tables, or some of the six and nothing that calls what is
-    in them (until a first ``zero_grad()``: torch patches the class there too).
+    A wrapper that never ran ``Optimizer.__init__`` has no hook tables, or some of the six and nothing that calls what
+    is in them (until a first ``zero_grad()``: torch patches the class there too).
     """
     found: Any = optimizer
     while isinstance(found, Optimizer):
