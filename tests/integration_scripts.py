@@ -176,7 +176,5 @@ def seeded(train: Any, *args: Any, **options: Any) -> nn.Module:
 
 def same_weights(a: nn.Module, b: nn.Module) -> bool:
     """Return whether both have the same parameters and buffers bit for bit, those of spalign left out."""
-    of_a, of_b = (
-        {k: v for k, v in m.state_dict().items() if not k.startswith("spareg.")} for m in (a, b)
-    )
+    of_a, of_b = ({k: v for k, v in m.state_dict().items() if not k.startswith("spareg.")} for m in (a, b))
     return of_a.keys() == of_b.keys() and all(torch.equal(of_a[k], of_b[k]) for k in of_a)

@@ -14,8 +14,8 @@ Lines marked `# +` are what a user adds. Besides imports and constructors:
               ...
     +     slerp.step()
 
-Wrap the optimizer before `prepare`, and prepare what the wrapper returned: AcceleratedOptimizer then decides when to step,
-so projection happens once per optimizer step, after accumulation, unscaling and clipping.
+Wrap the optimizer before `prepare`, and prepare what the wrapper returned: AcceleratedOptimizer then decides when to
+step, so projection happens once per optimizer step, after accumulation, unscaling and clipping.
 """
 
 from __future__ import annotations

@@ -6,15 +6,15 @@
 
 Lines marked `# +` are what a user adds. Besides imports and constructors:
 
-      loss = F.cross_entropy(logits, inputs["labels"])
-    + loss = loss + 0.3 * self.spareg(self.features(), inputs["labels"]) if model.training else loss
+      loss = F.cross_entropy(logits, labels)
+    + loss = loss + 0.3 * self.spareg(self.features(), labels) if model.training else loss
 
       class SlerpCallback(spalign.SpASlerp, TrainerCallback):
     +     def on_epoch_end(self, args, state, control, **kwargs):
     +         self.step()
 
-The Trainer saves model, optimizer, scheduler and random numbers, no loss: as the model's attribute the loss term rides in
-its checkpoints. The rotation's schedule follows from the epoch, which the Trainer restores.
+The Trainer saves model, optimizer, scheduler and random numbers, but no loss: as the model's attribute the loss term
+rides in its checkpoints. The rotation's schedule follows from the epoch, which the Trainer restores.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class ImageTrainer(Trainer):
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Return the loss of a batch, and the logits if they are asked for."""
-        logits = model(inputs["images"])
-        loss = F.cross_entropy(logits, inputs["labels"])
-        loss = loss + self.strengths.lam * self.spareg(self.features(), inputs["labels"]) if model.training else loss  # +
+        logits, labels, lam = model(inputs["images"]), inputs["labels"], self.strengths.lam
+        loss = F.cross_entropy(logits, labels)
+        loss = loss + lam * self.spareg(self.features(), labels) if model.training else loss  # +
         return (loss, {"logits": logits}) if return_outputs else loss
 
 
@@ -68,7 +68,7 @@ def collate(samples: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
     return {"images": torch.stack(images), "labels": torch.stack(labels)}
 
 
-def train(strengths: Strengths, epochs: int, *, resume_from_checkpoint: bool = False, **options: Any) -> Network:
+def train(strengths: Strengths, epochs: int, *, resume_from_checkpoint: str | None = None, **options: Any) -> Network:
     """Train, perhaps on from a checkpoint; `options` are TrainingArguments'."""
     network = Network()
     options = {"output_dir": tempfile.gettempdir(), "save_strategy": "no", "disable_tqdm": True, **options}
@@ -78,10 +78,12 @@ def train(strengths: Strengths, epochs: int, *, resume_from_checkpoint: bool = F
         dataloader_drop_last=True,
         learning_rate=0.01,
         weight_decay=5e-4,
+        label_names=["labels"],
         report_to="none",
         **options,
     )
-    trainer = ImageTrainer(network, arguments, data_collator=collate, train_dataset=digits()[0])
+    train_set, test_set = digits()
+    trainer = ImageTrainer(network, arguments, data_collator=collate, train_dataset=train_set, eval_dataset=test_set)
     trainer.strengths = strengths
     trainer.spareg = network.spareg = spalign.SpARegLoss(network.fc)  # +
     trainer.features = spalign.FeatureCapture(network.fc)  # +

@@ -13,14 +13,13 @@ Lines marked `# +` are what a user adds. Besides imports and constructors:
       scheduler.step(epoch + 1)
     + slerp.step()
 
-A mixed image counts for both of its classes by weight; what label smoothing spreads over every class is ignored. The loss
-term lives beside the model, so ModelEmaV3 has nothing to average there.
+A mixed image counts for both of its classes by weight; what label smoothing spreads over every class is ignored. The
+loss term lives beside the model, so ModelEmaV3 has nothing to average there.
 """
 
 from __future__ import annotations
 
-import torch
-from digits import BATCH_SIZE, NUM_CLASSES, Network, Strengths, compare, train_loader
+from digits import NUM_CLASSES, Network, Strengths, compare, train_loader
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2

@@ -139,9 +139,7 @@ def test_precision(name: str, precision: str) -> None:
     for strategy in ("off", "all"):
         with scripts.counting() as counts:
             networks.append(
-                scripts.seeded(
-                    scripts.script(name).train, scripts.strengths(strategy), 3, precision=precision, **QUIET
-                )
+                scripts.seeded(scripts.script(name).train, scripts.strengths(strategy), 3, precision=precision, **QUIET)
             )
         assert (counts.fed, counts.projected, counts.rotated) == (24, 24, 3)
         wanted = torch.float64 if precision == "64-true" else torch.float32

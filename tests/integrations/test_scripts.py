@@ -113,11 +113,11 @@ def test_each_part_acts_once(name: str, tmp_path: Path) -> None:
 
 
 @every_script
-@pytest.mark.parametrize("strategy", ["reg", "slerp", "proj"])
-def test_each_strategy_changes_the_training(name: str, strategy: str, tmp_path: Path) -> None:
+def test_each_strategy_changes_the_training(name: str, tmp_path: Path) -> None:
     more, train = options(name, tmp_path), scripts.script(name).train
-    off = scripts.seeded(train, scripts.strengths("off"), 2, **more)
-    assert not scripts.same_weights(scripts.seeded(train, scripts.strengths(strategy), 2, **more), off)
+    off = scripts.seeded(train, scripts.strengths("off"), 1, **more)
+    for strategy in ("reg", "slerp", "proj"):
+        assert not scripts.same_weights(scripts.seeded(train, scripts.strengths(strategy), 1, **more), off), strategy
 
 
 @pytest.mark.parametrize("name", ["swa_loop", "cuda_graph_loop"])
