@@ -33,6 +33,7 @@ FOREIGN_WARNINGS = [  # what the packages say of themselves and of these tiny ru
         ".*does not have many workers",
         "'pin_memory' argument is set",
         "The dirpath has changed",
+        "`torch.cpu.amp.autocast",
     )
 ]
 STRATEGIES = {
@@ -56,7 +57,7 @@ def available(*packages: str) -> None:
 
 def strengths(name: str) -> Any:
     """Return the strengths of one strategy, of all, or none."""
-    from digits import Strengths  # type: ignore[import-not-found, unused-ignore]
+    from digits import Strengths
 
     return Strengths(**STRATEGIES[name])
 
@@ -161,7 +162,7 @@ def counting() -> Iterator[Counts]:
             handle.remove()
 
 
-def seeded(train: Any, *args: Any, **options: Any) -> nn.Module:
+def seeded(train: Any, *args: Any, **options: Any) -> Any:
     """Train from seed 0, which the network and the order of the data follow from."""
     import random
 
@@ -170,8 +171,7 @@ def seeded(train: Any, *args: Any, **options: Any) -> nn.Module:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 (what timm's Mixup draws from)
     torch.manual_seed(0)
-    network: nn.Module = train(*args, **options)
-    return network
+    return train(*args, **options)
 
 
 def same_weights(a: nn.Module, b: nn.Module) -> bool:

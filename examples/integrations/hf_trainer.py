@@ -4,12 +4,13 @@
     pip install transformers accelerate scikit-learn
     python examples/integrations/hf_trainer.py
 
-Lines marked `# +` are what a user adds. Besides imports and constructors:
+Lines marked `# +` are what a user adds. Besides imports, constructors and a class's
+head:
 
       loss = F.cross_entropy(logits, labels)
-    + loss = loss + 0.3 * self.spareg(self.features(), labels) if model.training else loss
+    + loss = loss + 0.3 * self.model.spareg(self.features(), labels) if model.training else loss
 
-      class SlerpCallback(spalign.SpASlerp, TrainerCallback):
+    + class SlerpCallback(spalign.SpASlerp, TrainerCallback):
     +     def on_epoch_end(self, args, state, control, **kwargs):
     +         self.step()
 
@@ -42,7 +43,7 @@ class ImageTrainer(Trainer):
         """Return the loss of a batch, and the logits if they are asked for."""
         logits, labels, lam = model(inputs["images"]), inputs["labels"], self.strengths.lam
         loss = F.cross_entropy(logits, labels)
-        loss = loss + lam * self.spareg(self.features(), labels) if model.training else loss  # +
+        loss = loss + lam * self.model.spareg(self.features(), labels) if model.training else loss  # +
         return (loss, {"logits": logits}) if return_outputs else loss
 
 
@@ -59,7 +60,7 @@ class SlerpCallback(spalign.SpASlerp, TrainerCallback):  # +
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Go on where the checkpoint was: one rotation per epoch."""
-        self.load_state_dict({"last_step": round(state.epoch or 0)})
+        self.load_state_dict({"last_step": int(state.epoch or 0)})
 
 
 def collate(samples: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
@@ -82,22 +83,27 @@ def train(strengths: Strengths, epochs: int, *, resume_from_checkpoint: str | No
         report_to="none",
         **options,
     )
-    train_set, test_set = digits()
-    trainer = ImageTrainer(network, arguments, data_collator=collate, train_dataset=train_set, eval_dataset=test_set)
-    trainer.strengths = strengths
-    trainer.spareg = network.spareg = spalign.SpARegLoss(network.fc)  # +
-    trainer.features = spalign.FeatureCapture(network.fc)  # +
-    trainer.optimizer = spalign.SpAProj(  # +
-        trainer.create_optimizer(), network.fc, trainer.spareg.tracker, gamma=strengths.gamma
-    )
+    network.spareg = spalign.SpARegLoss(network.fc)  # +
     callbacks: list[TrainerCallback] = []
     callbacks += [  # +
         SlerpCallback(
-            network.fc, trainer.spareg.tracker, total_steps=epochs, alpha_max=strengths.alpha_max, threshold=0.95
+            network.fc, network.spareg.tracker, total_steps=epochs, alpha_max=strengths.alpha_max, threshold=0.95
         )
     ]
-    for callback in callbacks:
-        trainer.add_callback(callback)
+    train_set, test_set = digits()
+    trainer = ImageTrainer(
+        network,
+        arguments,
+        data_collator=collate,
+        train_dataset=train_set,
+        eval_dataset=test_set,
+        callbacks=callbacks,
+    )
+    trainer.strengths = strengths
+    trainer.features = spalign.FeatureCapture(network.fc)  # +
+    trainer.optimizer = spalign.SpAProj(  # +
+        trainer.create_optimizer(), network.fc, network.spareg.tracker, gamma=strengths.gamma
+    )
     trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     return network
 

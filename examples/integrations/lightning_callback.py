@@ -4,12 +4,13 @@
     pip install lightning scikit-learn
     python examples/integrations/lightning_callback.py
 
-Lines marked `# +` are what a user adds. Besides imports and constructors:
+Lines marked `# +` are what a user adds. Besides imports, constructors and a class's
+head:
 
           loss = F.cross_entropy(self.network(images), labels)
     +     loss = loss + 0.3 * self.spareg(self.features(), labels)
 
-      class SlerpCallback(spalign.SpASlerp, L.Callback):
+    + class SlerpCallback(spalign.SpASlerp, L.Callback):
     +     def on_train_epoch_end(self, trainer, pl_module):
     +         self.step()
 
@@ -40,7 +41,7 @@ class Classifier(L.LightningModule):
         self.spareg = spalign.SpARegLoss(self.network.fc)  # +
         self.features = spalign.FeatureCapture(self.network.fc)  # +
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Any:
         """Return the loss of a batch."""
         images, labels = batch
         loss = F.cross_entropy(self.network(images), labels)
@@ -65,6 +66,7 @@ class SlerpCallback(spalign.SpASlerp, L.Callback):  # +
 def train(strengths: Strengths, epochs: int, *, ckpt_path: str | None = None, **options: Any) -> Network:
     """Train, perhaps on from a checkpoint; `options` are the trainer's."""
     module = Classifier(strengths, epochs)
+    options = {"logger": False, "enable_checkpointing": False, **options}
     network = module.network
     callbacks = options.pop("callbacks", [])
     callbacks += [  # +

@@ -76,6 +76,7 @@ class Classifier(L.LightningModule):
 def train(strengths: Strengths, epochs: int, *, ckpt_path: str | None = None, **options: Any) -> Network:
     """Train, perhaps on from a checkpoint; `options` are the trainer's."""
     module = Classifier(strengths, epochs)
+    options = {"logger": False, "enable_checkpointing": False, **options}
     trainer = L.Trainer(max_epochs=epochs, **options)
     trainer.fit(module, train_loader(), ckpt_path=ckpt_path)
     return module.network

@@ -19,6 +19,8 @@ neither feeds the class means of the training.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from digits import Network, Strengths, compare, train_loader
@@ -54,8 +56,7 @@ def train(strengths: Strengths, epochs: int) -> Network:
         else:
             scheduler.step()
     update_bn(loader, averaged)
-    result: Network = averaged.module
-    return result
+    return cast(Network, averaged.module)
 
 
 if __name__ == "__main__":

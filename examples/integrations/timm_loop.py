@@ -19,6 +19,8 @@ loss term lives beside the model, so ModelEmaV3 has nothing to average there.
 
 from __future__ import annotations
 
+from typing import cast
+
 from digits import NUM_CLASSES, Network, Strengths, compare, train_loader
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
@@ -57,8 +59,7 @@ def train(
             ema.update(network)
         scheduler.step(epoch + 1)
         slerp.step()  # +
-    averaged: Network = ema.module
-    return averaged
+    return cast(Network, ema.module)
 
 
 if __name__ == "__main__":

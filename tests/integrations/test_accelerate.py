@@ -32,7 +32,7 @@ def _fresh_state() -> Iterator[None]:
         state._reset_state()
 
 
-def train(*args: Any, **options: Any) -> nn.Module:
+def train(*args: Any, **options: Any) -> Any:
     return scripts.seeded(scripts.script("accelerate_loop").train, *args, cpu=True, **options)
 
 
@@ -63,7 +63,7 @@ def test_accumulation_and_clipping() -> None:
 
 def test_bf16_mixed_precision() -> None:
     """D4: single-precision state, the same acts, and alignment over the plain twin's."""
-    from digits import evaluate  # type: ignore[import-not-found, unused-ignore]
+    from digits import evaluate
 
     networks = []
     for strategy in ("off", "all"):
@@ -73,7 +73,7 @@ def test_bf16_mixed_precision() -> None:
         assert (counts.fed, counts.projected, counts.rotated) == (24, 24, 3)
         assert counts.trackers[0].mean.dtype == torch.float32
     for network in networks:  # prepare() gave it an autocasting forward
-        network.forward = type(network).forward.__get__(network)  # type: ignore[method-assign]
+        network.forward = type(network).forward.__get__(network)
     off, aligned = (evaluate(network) for network in networks)
     assert aligned[1] > off[1]
 
@@ -164,7 +164,7 @@ def test_a_plain_checkpoint_goes_on_aligned(tmp_path: Path) -> None:
     module = scripts.script("accelerate_loop")
     terms: list[float] = []
 
-    class Late(Accelerator):  # type: ignore[misc, unused-ignore]
+    class Late(Accelerator):
         def register_for_checkpointing(self, spareg: Any, slerp: Any) -> None:
             self.load_state(str(tmp_path / "epoch-1"))
             terms.append(spareg().item())

@@ -8,14 +8,13 @@ from typing import Any
 import integration_scripts as scripts
 import pytest
 import torch
-from torch import nn
 
 scripts.available("transformers", "accelerate")
 
 pytestmark = scripts.FOREIGN_WARNINGS
 
 
-def train(folder: Path, strategy: str, epochs: int, *, module: Any = None, **options: Any) -> nn.Module:
+def train(folder: Path, strategy: str, epochs: int, *, module: Any = None, **options: Any) -> Any:
     module = module or scripts.script("hf_trainer")
     options = {"output_dir": str(folder), "use_cpu": True, **options}
     return scripts.seeded(module.train, scripts.strengths(strategy), epochs, **options)
@@ -64,7 +63,7 @@ def test_evaluation_within_training_feeds_nothing(tmp_path: Path) -> None:
 
 def test_a_plain_checkpoint_goes_on_aligned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """C12: the Trainer loads what there is; without means every class is unseen, and training goes on finite."""
-    from digits import Network  # type: ignore[import-not-found, unused-ignore]
+    from digits import Network
 
     # To report keys that are missing, the Trainer reads an attribute that every PreTrainedModel has.
     monkeypatch.setattr(Network, "_keys_to_ignore_on_save", None, raising=False)

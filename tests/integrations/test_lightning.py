@@ -40,7 +40,7 @@ def saving(folder: Path, **options: Any) -> dict[str, Any]:
 def with_validation(module: Any) -> Any:
     """Give a script's module a validation loop."""
 
-    class Validated(module.Classifier):  # type: ignore[misc, name-defined]
+    class Validated(module.Classifier):
         def val_dataloader(self) -> Any:
             return module.train_loader()
 
@@ -133,7 +133,7 @@ def test_accumulation_and_clipping() -> None:
 @pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
 def test_precision(name: str, precision: str) -> None:
     """D4: state of at least single precision, and the same acts; alignment rises over the plain twin's."""
-    from digits import evaluate  # type: ignore[import-not-found, unused-ignore]
+    from digits import evaluate
 
     networks = []
     for strategy in ("off", "all"):
@@ -152,18 +152,18 @@ def test_a_plain_checkpoint_goes_on_aligned(tmp_path: Path) -> None:
     """C12: without tracker state every class is unseen and the term exactly 0; Lightning must be told not to mind."""
     scripts.seeded(scripts.plain("lightning_callback").train, scripts.strengths("all"), 2, **saving(tmp_path))
     path = str(tmp_path / "epoch=0.ckpt")
-    module = scripts.script("lightning_callback")
+    module: Any = scripts.script("lightning_callback")
     with pytest.raises(RuntimeError, match=r"Missing key.*spareg\.tracker\.mean"):
         module.train(scripts.strengths("all"), 2, ckpt_path=path, **saving(tmp_path / "strict"))
 
-    class Lenient(module.Classifier):  # type: ignore[misc, name-defined]
+    class Lenient(module.Classifier):
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
             self.strict_loading = False
 
     terms = []
 
-    class Look(L.Callback):  # type: ignore[misc, unused-ignore]
+    class Look(L.Callback):
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
             before = pl_module.network.fc.weight.clone()
             spalign.SpASlerp(
@@ -193,9 +193,9 @@ def test_an_aligned_checkpoint_goes_on_plain(tmp_path: Path) -> None:
 
 def test_the_rotation_is_no_scheduler_to_lightning() -> None:
     """B11: handed to it as one it is refused, so it cannot be stepped behind the user's back."""
-    module = scripts.script("lightning_callback")
+    module: Any = scripts.script("lightning_callback")
 
-    class Wrong(module.Classifier):  # type: ignore[misc, name-defined]
+    class Wrong(module.Classifier):
         def configure_optimizers(self) -> Any:
             optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
             return [optimizer], [spalign.SpASlerp(self.network.fc, self.spareg.tracker, total_steps=2)]

@@ -17,13 +17,13 @@ scripts.available()
 
 @pytest.fixture
 def net() -> Any:
-    from digits import Network  # type: ignore[import-not-found, unused-ignore]
+    from digits import Network
 
     return Network()
 
 
 def loader() -> Any:
-    from digits import train_loader  # type: ignore[import-not-found, unused-ignore]
+    from digits import train_loader
 
     return train_loader(shuffle=False)
 
@@ -47,7 +47,7 @@ def test_a_tracker_in_the_model_is_averaged_with_it(net: Any, ema: bool) -> None
     """C9: its counts are floats, so averaging them is exact, where an integer counter would be truncated."""
     net.spareg = spalign.SpARegLoss(net.fc)
     features = spalign.FeatureCapture(net.fc)
-    averaged = AveragedModel(net, use_buffers=True, **({"multi_avg_fn": get_ema_multi_avg_fn(0.5)} if ema else {}))
+    averaged: Any = AveragedModel(net, use_buffers=True, **({"multi_avg_fn": get_ema_multi_avg_fn(0.5)} if ema else {}))
     means, weights = [], []
     for images, labels in loader():
         net(images)
@@ -63,7 +63,7 @@ def test_a_tracker_in_the_model_is_averaged_with_it(net: Any, ema: bool) -> None
         want = torch.tensordot(shares, torch.stack(values), 1)
         torch.testing.assert_close(value.double(), want, rtol=1e-5, atol=1e-6)  # float32, a rounding per update
     assert 0 <= averaged.module.spareg().item() <= 2
-    again = AveragedModel(net, use_buffers=True)
+    again: Any = AveragedModel(net, use_buffers=True)
     again.load_state_dict(averaged.state_dict())
     assert torch.equal(again.module.spareg(), averaged.module.spareg())
 
