@@ -92,3 +92,4 @@ def compare(description: str | None, train: Callable[[Strengths, int], Network],
         accuracy, alignment = evaluate(train(strengths, args.epochs))
         rows.append(f"{name:8}{accuracy:10.1f} %{alignment:12.3f}")
     print(f"{'':8}{'accuracy':>12}{'alignment':>12}", *rows, sep="\n")
+    print("One run each: a few points of accuracy are noise. examples/quickstart.py averages over seeds.")

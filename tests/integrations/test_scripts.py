@@ -151,7 +151,7 @@ def test_from_the_command_line(
             runpy.run_path(str(scripts.FOLDER / f"{name}.py"), run_name="__main__")
         return
     runpy.run_path(str(scripts.FOLDER / f"{name}.py"), run_name="__main__")
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()[-3:]]
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[-4:-1]]
     assert [row[0] for row in rows] == ["accuracy", "plain", "aligned"]
     assert float(rows[2][-1]) > float(rows[1][-1]), "alignment"
     assert not list(tmp_path.iterdir())
