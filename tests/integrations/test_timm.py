@@ -112,7 +112,8 @@ def test_an_averaged_network_leaves_the_training_alone() -> None:
     spareg, features = spalign.SpARegLoss(net.fc), spalign.FeatureCapture(net.fc)
     ema = ModelEmaV3(net, decay=0.5)
     x, y = batch()
-    net(x)
+    net.eval()(x[:4])  # validation, gradients or not
+    net.train()(x)
     ema.module.train()
     ema.module(x[:4])
     ema.module.eval()(x[:4])
