@@ -132,8 +132,7 @@ def absorb_batch_(
     """
     arguments = (mean_CD, weight_C, mean_sum_D, features.detach(), targets.detach(), momentum, ignore_index, *exchange)
     if torch.compiler.is_compiling():
-        rate, labels_N = _opaque_absorb(*arguments)
-        return BatchShare(rate, None if targets.is_floating_point() else labels_N)
+        return BatchShare.of_outputs(*_opaque_absorb(*arguments))
     return _absorb_(*arguments)
 
 
@@ -207,26 +206,10 @@ def _opaque_absorb(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """The update as one node of a compiled graph, for the reason given at :func:`spalign.functional._opaque_update`."""
-    share = _absorb_(mean, weight, mean_sum, features, targets, momentum, ignore_index, group, rows, dtype)
-    labels = targets.new_empty(0, dtype=torch.int64) if share.labels is None else share.labels.clone()
-    return share.rate, labels
+    return _absorb_(mean, weight, mean_sum, features, targets, momentum, ignore_index, group, rows, dtype).outputs()
 
 
-@_opaque_absorb.register_fake
-def _(
-    mean: Tensor,
-    weight: Tensor,
-    mean_sum: Tensor,
-    features: Tensor,
-    targets: Tensor,
-    momentum: float | None,
-    ignore_index: int,
-    group: str,
-    rows: int,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    num_labels = 0 if targets.is_floating_point() else len(targets)
-    return torch.empty_like(targets, dtype=mean.dtype), targets.new_empty(num_labels, dtype=torch.int64)
+_opaque_absorb.register_fake(functional._empty_outputs)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

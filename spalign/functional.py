@@ -61,6 +61,17 @@ class BatchShare(NamedTuple):
     rate: Tensor
     labels: Tensor | None
 
+    def outputs(self) -> tuple[Tensor, Tensor]:
+        """Return the share as tensors that are no inputs, as a node of a graph must; labels (N, 0) stand for none."""
+        if self.labels is None:
+            return self.rate, self.rate.new_empty(len(self.rate), 0, dtype=torch.int64)
+        return self.rate, self.labels.clone()
+
+    @classmethod
+    def of_outputs(cls, rate: Tensor, labels: Tensor) -> "BatchShare":
+        """Return the share that :meth:`outputs` came from."""
+        return cls(rate, None if labels.ndim == 2 else labels)
+
     def pull_back(self, grad_CD: Tensor) -> Tensor:
         """Turn a gradient by the new means, (C, D), into one by the features, (N, D)."""
         if self.labels is None:
@@ -310,8 +321,7 @@ def _absorb_batch_(
     if torch.compiler.is_compiling():
         mean_sum_D = mean_CD.new_zeros(mean_CD.shape[1]) if mean_sum_D is None else mean_sum_D
         arguments = (mean_CD, weight_C, mean_sum_D, features.detach(), targets.detach(), momentum, ignore_index)
-        rate, labels_N = _opaque_update(*arguments)
-        return BatchShare(rate, None if targets.is_floating_point() else labels_N)
+        return BatchShare.of_outputs(*_opaque_update(*arguments))
     num_classes = len(mean_CD)
     if host.can_read(features):
         if usable is None:
@@ -363,22 +373,18 @@ def _opaque_update(
         ignore_index=ignore_index,
         mean_sum_D=mean_sum,
     )
-    labels = targets.new_empty(0, dtype=torch.int64) if share.labels is None else share.labels.clone()
-    return share.rate, labels
+    return share.outputs()
 
 
-@_opaque_update.register_fake
-def _(
-    mean: Tensor,
-    weight: Tensor,
-    mean_sum: Tensor,
-    features: Tensor,
-    targets: Tensor,
-    momentum: float | None,
-    ignore_index: int,
+def _empty_outputs(
+    mean: Tensor, weight: Tensor, mean_sum: Tensor, features: Tensor, targets: Tensor, *_: object
 ) -> tuple[Tensor, Tensor]:
-    num_labels = 0 if targets.is_floating_point() else len(targets)
-    return torch.empty_like(targets, dtype=mean.dtype), targets.new_empty(num_labels, dtype=torch.int64)
+    """Return tensors of the shapes of :meth:`BatchShare.outputs`, for nodes whose arguments begin like these."""
+    rate = torch.empty_like(targets, dtype=mean.dtype)
+    return rate, targets.new_empty((len(targets), 0) if rate.ndim == 2 else len(targets), dtype=torch.int64)
+
+
+_opaque_update.register_fake(_empty_outputs)
 
 
 def update_class_means(

@@ -202,9 +202,10 @@ class SpAProj(Optimizer):
 
     @torch.no_grad()
     def _project(self, optimizer: Optimizer) -> None:
-        if self.classifier.leaves().direction.grad is None:
-            self.classifier.reshard()  # gathered parameters hold no gradient
         leaves = self.classifier.leaves()
+        if leaves.direction.grad is None:
+            self.classifier.reshard()  # gathered parameters hold no gradient
+            leaves = self.classifier.leaves()
         direction, magnitude = leaves
         if direction.grad is None:
             if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):

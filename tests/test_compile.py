@@ -199,7 +199,7 @@ def test_projected_step_compiles(kind: str) -> None:
                 p.grad = torch.randn(p.shape, generator=rng)
             step()
             frames.append(counter.frame_count)
-        assert frames[-1] == frames[1], "compiles again and again"
+        assert frames[-1] == frames[0], "compiled again"  # without momentum a plain step is compiled once, too
         return [p.detach() for p in head.parameters]
 
     # Bit-equal in newer versions; torch 2.6 fuses the optimizer's own arithmetic in another order.
