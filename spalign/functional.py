@@ -677,21 +677,43 @@ def alignment_loss(
         >>> loss.item(), torch.autograd.grad(loss, w)[0].tolist()
         (0.5, [[-0.5, 0.0], [0.0, 0.0]])
     """
+    by_features = features is not None and share is not None and features.requires_grad
+    moved_by = share if by_features else None
+    terms = None
+    if not torch.compiler.is_compiling() and host.can_align(weight_CD, mean_CD, center_D):
+        rate_N, labels_N = (None, None) if moved_by is None else moved_by
+        by_weight = weight_CD.requires_grad
+        terms = host.alignment_terms(weight_CD, mean_CD, seen_C, center_D, rate_N, labels_N, by_weight=by_weight)
+    if terms is None:
+        loss, *grads = _alignment_terms(weight_CD, mean_CD, seen_C, center_D, moved_by)
+    else:
+        loss, *grads = *terms, None
     inputs_and_grads: list[Tensor] = []
+    for leaf, grad in zip((weight_CD, features, mean_CD), grads, strict=True):
+        if leaf is not None and grad is not None:
+            inputs_and_grads += (leaf, grad)
+    if inputs_and_grads and torch.is_grad_enabled():
+        return _apply(_KnownGradient, loss, *inputs_and_grads)
+    return loss
+
+
+def _alignment_terms(
+    weight_CD: Tensor, mean_CD: Tensor, seen_C: Tensor, center_D: Tensor | None, share: BatchShare | None
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Return the loss and its gradients by the weight, by the features that have the share, and by the means."""
+    by_weight = by_features = by_mean = None
     with torch.no_grad(), _no_autocast(weight_CD):
         rows = _rows(weight_CD, mean_CD, seen_C, center_D)
         loss, a_C, b_C, p_C, q_C = _loss_coefficients(rows, seen_C)
         b_C1 = b_C.unsqueeze(1)
         if weight_CD.requires_grad:
-            inputs_and_grads += [weight_CD, _difference(rows.w, a_C.unsqueeze(1), rows.d, b_C1)]
+            by_weight = _difference(rows.w, a_C.unsqueeze(1), rows.d, b_C1)
         if mean_CD.requires_grad:
             e_CD = _difference(rows.d, p_C.unsqueeze(1), rows.w, b_C1)
-            inputs_and_grads += [mean_CD, e_CD - q_C.unsqueeze(1) * e_CD.sum(0)]
-        if features is not None and share is not None and features.requires_grad:
-            inputs_and_grads += [features, _feature_gradient(rows, b_C, p_C, q_C, share)]
-    if inputs_and_grads and torch.is_grad_enabled():
-        return _apply(_KnownGradient, loss, *inputs_and_grads)
-    return loss
+            by_mean = e_CD - q_C.unsqueeze(1) * e_CD.sum(0)
+        if share is not None:
+            by_features = _feature_gradient(rows, b_C, p_C, q_C, share)
+    return loss, by_weight, by_features, by_mean
 
 
 def _feature_gradient(rows: _Rows, b_C: Tensor, p_C: Tensor, q_C: Tensor, share: BatchShare) -> Tensor:

@@ -1,7 +1,7 @@
-"""The update of the class means where the host can read the batch without waiting for it: on the CPU, through numpy.
+"""What every step does, where the host can read tensors without waiting for them: on the CPU, through numpy.
 
-It does what :func:`spalign.functional.update_class_means_` does on any device, equal to rounding, but may size its work
-by the labels, and a call of numpy costs a third of one of torch.
+The update of the class means and, for few elements, the regularizer. They do what :mod:`spalign.functional` does on any
+device, equal to rounding, but may size their work by the values, and a call of numpy costs a third of one of torch.
 
 Shapes: N samples, C classes, D feature dimensions, K classes in the batch.
 """
@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-__all__ = ["all_usable", "all_within", "can_read", "update_class_means_"]
+__all__ = ["alignment_terms", "all_usable", "all_within", "can_align", "can_read", "update_class_means_"]
 
 _Floats = NDArray[np.floating[Any]]
 _Ints = NDArray[np.int64]
@@ -27,6 +27,20 @@ _FEW = 1 << 16
 # Elements of a temporary: enough to hide the calls, few enough for the cache and for memory that the allocator has at
 # hand (fresh pages cost more than the arithmetic).
 _BLOCK = 1 << 18
+
+
+class _Info:
+    """Constants of a dtype of the maths, as its scalars: a Python float would do, but numpy looks it up each time."""
+
+    def __init__(self, dtype: type[np.floating[Any]]) -> None:
+        info = np.finfo(dtype)
+        self.scalar, self.one, self.tiny = dtype, dtype(1.0), info.tiny
+        self.least = dtype((16.0 * float(info.eps)) ** 2)
+        # Beyond, the square of the norm overflows, or rounding could make it.
+        self.most = info.max
+
+
+_INFO = {torch.float32: _Info(np.float32), torch.float64: _Info(np.float64)}
 
 
 def all_within(targets: Tensor, num_classes: int) -> bool:
@@ -141,3 +155,65 @@ def _by_class_(
             # What the means really moved by, not what they should have: see functional._update_from_rows_.
             mean_sum_D.add_(torch.sub(moved_KD, before_KD, out=before_KD).sum(0))
     return rate_N
+
+
+def _dots(x_CD: _Floats, y_CD: _Floats) -> _Floats:
+    """Return the dot product of each pair of rows; einsum tells nobody of overflow, which is looked for afterwards."""
+    dots_C: _Floats = np.einsum("ij,ij->i", x_CD, y_CD)
+    return dots_C
+
+
+def can_align(weight_CD: Tensor, mean_CD: Tensor, center_D: Tensor | None) -> bool:
+    """Return whether :func:`alignment_terms` takes these, and is the shorter way: few elements, all of one dtype."""
+    if type(weight_CD) not in _PLAIN or type(mean_CD) is not Tensor or mean_CD.requires_grad or center_D is None:
+        return False
+    if weight_CD.dtype not in _INFO or not weight_CD.dtype is mean_CD.dtype is center_D.dtype:
+        return False
+    return 0 < weight_CD.numel() <= _FEW and weight_CD.is_cpu and mean_CD.is_cpu and not weight_CD.is_neg()
+
+
+def alignment_terms(
+    weight_CD: Tensor,
+    mean_CD: Tensor,
+    seen_C: Tensor,
+    center_D: Tensor | None,
+    rate_N: Tensor | None,
+    labels_N: Tensor | None,
+    *,
+    by_weight: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
+    """Return the regularizer, its gradient by the weight (C, D) and that by the features (N, D), where asked for.
+
+    Names and formulas are those of :func:`spalign.functional.alignment_loss`. None, if any class has no direction, or
+    if rates come without labels.
+    """
+    if center_D is None or (rate_N is not None and labels_N is None) or not seen_C.numpy().all():
+        return None
+    w_CD, mean, center = weight_CD.detach().numpy(), mean_CD.numpy(), center_D.numpy()
+    info = _INFO[weight_CD.dtype]
+    d_CD = mean - center
+    dd_C, ww_C, wd_C = _dots(d_CD, d_CD), _dots(w_CD, w_CD), _dots(w_CD, d_CD)
+    # Not a number is in no interval.
+    if not (info.least * np.vdot(center, center) + info.tiny < dd_C.min() and dd_C.max() < info.most):
+        return None
+    if not (info.tiny < ww_C.min() and ww_C.max() < info.most):
+        return None
+    part = info.one / info.scalar(len(w_CD))
+    inv_w_C, inv_d_C = info.one / np.sqrt(ww_C), info.one / np.sqrt(dd_C)
+    b_C = inv_w_C * inv_d_C
+    cos_C = (wd_C * b_C).clip(-1.0, 1.0)
+    loss = np.multiply((info.one - cos_C).sum(keepdims=True), part).reshape(())
+    b_C *= part
+    cos_C *= part
+    by_w_CD = by_h_ND = None
+    if by_weight:
+        by_w_CD = w_CD * (cos_C * inv_w_C * inv_w_C)[:, None]
+        by_w_CD -= d_CD * b_C[:, None]
+    if labels_N is not None and rate_N is not None:
+        e_CD = np.multiply(d_CD, (cos_C * inv_d_C * inv_d_C)[:, None], out=d_CD)
+        e_CD -= w_CD * b_C[:, None]
+        e_CD -= e_CD.sum(0) * part
+        by_h_ND = e_CD.take(labels_N.numpy(), 0)
+        by_h_ND *= rate_N.numpy()[:, None]
+    by_weight_CD, by_features_ND = (None if x is None else torch.from_numpy(x) for x in (by_w_CD, by_h_ND))
+    return torch.from_numpy(loss), by_weight_CD, by_features_ND

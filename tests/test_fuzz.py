@@ -588,6 +588,7 @@ def test_random_calls(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(host, "_BLOCK", 8)
     elif way == "general":
         monkeypatch.setattr(host, "can_read", lambda features: False)
+        monkeypatch.setattr(host, "can_align", lambda *_: False)
     weights = np.array([p for _, p in CHOICES])
     counts: Counter[str] = Counter()
     for number in range(WORLDS):

@@ -1,4 +1,4 @@
-"""The update of CPU batches through numpy: the same formula as the way of every other device, by other means."""
+"""The update and the regularizer on the CPU through numpy: the formulas of every other device, by other means."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from problems import make_batch, same_state, state_of, to_numpy
+from problems import Problem, make_batch, make_problem, same_state, state_of, to_bools, to_numpy
 from torch import Tensor
 
 import spalign
@@ -164,3 +164,137 @@ def test_the_functional_form_reads_labels_itself(ignored: int) -> None:
     )
     close_to(mean, want_mean, SINGLE)
     close_to(weight, want_weight, TIGHT)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The regularizer
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def terms(p: Problem, rate_N: Tensor | None = None, labels_N: Tensor | None = None, *, by_weight: bool = True) -> Any:
+    center_D = F.global_mean(p.mean, p.seen)
+    assert host.can_align(p.w, p.mean, center_D)
+    return host.alignment_terms(p.w, p.mean, p.seen, center_D, rate_N, labels_N, by_weight=by_weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("n", [3, 40])
+def test_the_loss_and_its_gradients_equal_eq_15(dtype: torch.dtype, n: int) -> None:
+    """By the weight, and by the features of fewer samples than classes and of more."""
+    tolerance = TIGHT if dtype == torch.float64 else SINGLE
+    p = make_problem(5, unseen=(), dtype=dtype)
+    rate_N, labels_N = torch.rand(n, dtype=dtype), torch.arange(n) * 5 % 6
+    loss, by_weight, by_features = terms(p, rate_N, labels_N)
+    w, mean, seen, _ = p.numpy()
+    close_to(loss, np.array(reference.alignment_loss(w, mean, seen)), tolerance)
+    close_to(by_weight, reference.alignment_loss_grad_weight(w, mean, seen), tolerance)
+    by_mean = reference.alignment_loss_grad_mean(w, mean, seen)
+    close_to(by_features, to_numpy(rate_N)[:, None] * by_mean[labels_N.numpy()], tolerance)
+    assert loss.dtype is by_weight.dtype is by_features.dtype is dtype
+    assert loss.shape == ()
+    assert [x is None for x in terms(p, by_weight=False)] == [False, True, True]
+
+
+BAD_ROWS: dict[str, Any] = {
+    "unseen": lambda p: p.seen[1].logical_not_(),
+    "zero row": lambda p: p.w[1].zero_(),
+    "row whose square vanishes": lambda p: p.w[1].mul_(1e-30),
+    "row whose square overflows": lambda p: p.w[1].mul_(1e30),
+    "row of nan": lambda p: p.w[1, 2].fill_(float("nan")),
+    "infinite row": lambda p: p.w[1, 2].fill_(float("inf")),
+    "mean on the global mean": lambda p: p.mean[1].copy_((p.mean.sum(0) - p.mean[1]) / 5),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_classes_without_a_direction_are_left_to_the_general_way(name: str) -> None:
+    """Which gives exactly 0 for them, and for the others what the reference says of them."""
+    p = make_problem(5, unseen=(), dtype=torch.float32)
+    BAD_ROWS[name](p)
+    assert terms(p) is None
+    w = p.w.clone().requires_grad_()
+    loss = F.alignment_loss(w, p.mean, p.seen, center_D=F.global_mean(p.mean, p.seen))
+    loss.backward()
+    assert w.grad is not None
+    nw, nmean, nseen = to_numpy(p.w), to_numpy(p.mean), to_bools(p.seen)
+    nw[1] = 0  # nothing to align, like each of these
+    want = reference.alignment_loss_grad_weight(nw, nmean, nseen)
+    close_to(loss, np.array(reference.alignment_loss(nw, nmean, nseen)), SINGLE)
+    close_to(w.grad[[0, 2, 3, 4, 5]], want[[0, 2, 3, 4, 5]], SINGLE)
+    finite = w[1].isfinite()  # zero times what is not finite is not zero: such a value stays where it is
+    assert (w.grad[1][finite] == 0).all()
+
+
+def test_means_whose_squares_overflow_are_left_to_the_general_way() -> None:
+    p = make_problem(5, unseen=(), dtype=torch.float32)
+    p.mean[1] *= 1e30
+    assert terms(p) is None
+
+
+def test_rounding_takes_no_cosine_beyond_one() -> None:
+    """Rows that are their means' directions: some of 6000 cosines round to more than 1, but no loss to less than 0."""
+    worst = 0.0
+    for seed in range(1000):
+        p = make_problem(seed, unseen=(), dtype=torch.float32)
+        p.w.copy_(p.mean - F.global_mean(p.mean, p.seen))
+        loss = float(terms(p)[0])
+        assert loss >= 0
+        worst = max(worst, loss)
+    assert worst < 1e-6
+
+
+def test_soft_labels_are_left_to_the_general_way() -> None:
+    p = make_problem(5, unseen=(), dtype=torch.float32)
+    assert terms(p, torch.rand(4, 6)) is None
+
+
+@pytest.mark.parametrize("align", ["both", "classifier", "features"])
+@pytest.mark.parametrize("soft", [False, True])
+def test_the_loss_equals_the_way_of_other_devices(align: Any, soft: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Value and gradients over a stream in which the last class is seen late."""
+    torch.manual_seed(0)
+    fc = torch.nn.Linear(8, 5)
+    here, there = (spalign.SpARegLoss(fc, spalign.ClassMeanTracker(5, 8), align=align) for _ in range(2))
+    used = 0
+    whole = host.alignment_terms
+
+    def counted(*args: Any, **options: Any) -> Any:
+        nonlocal used
+        result = whole(*args, **options)
+        used += result is not None
+        return result
+
+    for step in range(6):
+        h, y = make_batch(step, 30, 4 + step // 3, 8)
+        targets = torch.nn.functional.one_hot(y, 5).float() if soft else y
+        results = []
+        for term, numpy in ((here, True), (there, False)):
+            with monkeypatch.context() as patch:
+                patch.setattr(host, "alignment_terms", counted)
+                if not numpy:
+                    patch.setattr(host, "can_align", lambda *_: False)
+                leaf = h.clone().requires_grad_()
+                fc.weight.grad = None
+                loss = term(leaf, targets)
+                (3.0 * loss).backward()
+                results.append([loss.detach(), fc.weight.grad, leaf.grad])
+        for a, b in zip(*results, strict=True):
+            assert (a is None) == (b is None)
+            if a is not None and b is not None:
+                torch.testing.assert_close(a, b, **SINGLE)
+    # Soft labels need none of it where the features receive a gradient.
+    assert used == (0 if soft and align != "classifier" else 3)
+
+
+def test_which_tensors_the_loss_takes() -> None:
+    p = make_problem(5, unseen=(), dtype=torch.float32)
+    center = F.global_mean(p.mean, p.seen)
+    assert host.can_align(torch.nn.Parameter(p.w), p.mean, center)
+    assert not host.can_align(p.w.double(), p.mean, center)
+    assert not host.can_align(torch.complex(p.w, -p.w).conj().imag, p.mean, center)  # negated when read, not in memory
+    assert not host.can_align(p.w.bfloat16(), p.mean.bfloat16(), center.bfloat16())
+    assert not host.can_align(p.w, p.mean, None)
+    assert not host.can_align(p.w, p.mean.clone().requires_grad_(), center)
+    assert not host.can_align(p.w.to("meta"), p.mean.to("meta"), center.to("meta"))
+    assert not host.can_align(torch.zeros(1 << 9, 1 << 8), torch.zeros(1 << 9, 1 << 8), torch.zeros(1 << 8))
+    assert not host.can_align(torch.zeros(0, 4), torch.zeros(0, 4), torch.zeros(4))

@@ -157,6 +157,7 @@ STEPS: dict[str, Callable[[str], None]] = {
 @pytest.mark.parametrize("name", STEPS)
 def test_no_dispatched_operation_waits_for_the_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("spalign.host.can_read", lambda features: False)
+    monkeypatch.setattr("spalign.host.can_align", lambda *_: False)
     with Recorder() as recorder:
         STEPS[name]("cpu")
     assert len(recorder.operations) > 10
@@ -186,6 +187,7 @@ FUNCTIONALS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], object
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_functionals(name: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("spalign.host.can_read", lambda features: False)
+    monkeypatch.setattr("spalign.host.can_align", lambda *_: False)
     p = make_problem(1, num_classes=C, dim=D, dtype=torch.float32)
     tensors = [x.to(device) for x in (*p, torch.arange(C))]
     with Recorder() as recorder:
