@@ -366,7 +366,7 @@ def measure_step(clock: Clock) -> list[Row]:
         sgd.step()
 
     # A layer of its own: the method's cost must not depend on what the network is doing to its weight meanwhile.
-    fc = nn.Linear(model.backbone.feature_dim, c).to(clock.device)
+    fc = nn.Linear(model.classifier.in_features, c).to(clock.device)
     h_ND = torch.randn(n, fc.in_features, device=clock.device, requires_grad=True)
     for leaf in (fc.weight, fc.bias, h_ND):
         leaf.grad = torch.randn_like(leaf) * 1e-3  # cross-entropy's, which the regulariser's is added to

@@ -65,7 +65,7 @@ class PlainLoop:
                 return (image - mean) / std, int(labels[index])
 
         self.loader = torch.utils.data.DataLoader(
-            Augmented(), batch_size=trainer.baseline.batch_size, shuffle=True, drop_last=True
+            Augmented(), batch_size=trainer.batches.batch_size, shuffle=True, drop_last=True
         )
         self.batches: Any = iter(self.loader)
         self.losses: list[float] = []
@@ -98,9 +98,9 @@ def make_trainer(args: argparse.Namespace, folder: Path, *options: str) -> Train
 
 
 def begin_epoch(trainer: Trainer) -> None:
-    baseline, steps = trainer.baseline, trainer.baseline.steps_per_epoch
-    baseline.begin_epoch(0)
-    trainer.training_step.begin_epoch(baseline.draw(trainer.generator), [1e-3] * steps)
+    steps = trainer.batches.steps_per_epoch
+    trainer.baseline.begin_epoch(0)
+    trainer.training_step.begin_epoch(trainer.batches.draw(trainer.generator), [1e-3] * steps)
 
 
 class Stepper:
@@ -110,7 +110,7 @@ class Stepper:
         self.trainer, self.step = trainer, 0
 
     def __call__(self, _: int) -> None:
-        if self.step == self.trainer.baseline.num_images // self.trainer.baseline.batch_size:
+        if self.step == len(self.trainer.batches) // self.trainer.batches.batch_size:
             begin_epoch(self.trainer)
             self.step = 0
         self.trainer.training_step(self.step)

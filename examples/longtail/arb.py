@@ -16,9 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .baseline import batch_counts
-from .batches import ImageBatches
 from .ce import CrossEntropy
-from .networks import CifarResNet
+from .networks import LinearNet
 
 # What the logit of a class of no images is moved by: its probability is 0 in float32, its product with 0 is not NaN.
 _NONE = -1e9
@@ -40,24 +39,21 @@ def balanced_softmax(logits_NC: Tensor, targets: Tensor, counts_C: Tensor, *, cl
 
 
 class AttractionRepulsionBalanced(CrossEntropy):
-    """ARB training of a CIFAR ResNet; at test time the plain logits decide.
+    """ARB training; at test time the plain logits decide.
 
     Args:
-        model, images: as for cross-entropy.
+        model: the network, on its device.
         counts: training images per class, or None to count each batch, as the published CIFAR runs do.
         clamp: as published 30; 0 for no limit.
     """
 
     name = "arb"
 
-    def __init__(
-        self, model: CifarResNet, images: ImageBatches, *, counts: Sequence[int] | None, clamp: float = 0.0
-    ) -> None:
-        super().__init__(model, images)
+    def __init__(self, model: LinearNet, *, counts: Sequence[int] | None, clamp: float = 0.0) -> None:
+        super().__init__(model)
         self.clamp = clamp
-        self.counts_C = (
-            None if counts is None else torch.tensor(counts, dtype=torch.float32, device=images.images.device)
-        )
+        device = self.classifier.weight.device
+        self.counts_C = None if counts is None else torch.tensor(counts, dtype=torch.float32, device=device)
 
     def loss(self, logits_NC: Tensor, targets: Tensor) -> Tensor:
         counts_C = batch_counts(targets, logits_NC.shape[1]) if self.counts_C is None else self.counts_C

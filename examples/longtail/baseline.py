@@ -1,7 +1,4 @@
-"""What a baseline is: which head, which loss, which batches. Nothing in it knows about alignment.
-
-All that is random in an epoch is drawn at its beginning (`draw`) and then only read (`batch`), by positions that may
-live on the device: a training step can so be captured once and replayed.
+"""What a baseline is: which head, which loss, and what it does with a batch. Nothing in it knows about alignment.
 
 Shapes: N images of a batch, R pixels a side, C classes, D feature dimensions.
 """
@@ -9,15 +6,11 @@ Shapes: N images of a batch, R pixels a side, C classes, D feature dimensions.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-
-Draws = dict[str, Tensor]
-"""An epoch's random numbers on the device, by name: one row per position in the epoch, or, where the name begins with
-`step_`, one per batch. Shapes and dtypes are those of every other epoch."""
 
 
 @dataclass(frozen=True)
@@ -65,35 +58,11 @@ class Baseline(ABC):
         name: for reports.
         model: everything that is trained and saved.
         classifier: the head that class means are aligned with; its `weight` is (C, D).
-        num_images: how many positions an epoch has.
-        batch_size: the last batch of an epoch is smaller where the set does not divide.
-        device: of the images.
     """
 
     name: str
     model: nn.Module
     classifier: nn.Module
-    num_images: int
-    batch_size: int
-    device: torch.device
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return -(-self.num_images // self.batch_size)
-
-    @abstractmethod
-    def draw(self, generator: torch.Generator) -> Draws:
-        """Draw an epoch's random numbers from the CPU `generator`, and move them to the device."""
-
-    @abstractmethod
-    def batch(self, draws: Draws, positions_N: Tensor, step: Tensor) -> Batch:
-        """Return the batch of these positions of the epoch; `step`, (1,) int64, is its number."""
-
-    def batches(self, generator: torch.Generator) -> Iterator[Batch]:
-        """Yield an epoch's batches."""
-        draws, everything = self.draw(generator), torch.arange(self.num_images, device=self.device)
-        for step, positions_N in enumerate(everything.split(self.batch_size)):
-            yield self.batch(draws, positions_N, torch.tensor([step], device=self.device))
 
     @abstractmethod
     def step(self, batch: Batch) -> Step:

@@ -1,9 +1,15 @@
-"""Instance-balanced batches of one look per image, with mixup where the recipe has it.
+"""Batches of a set of images that lies on the device: instance-balanced ones, with mixup where the recipe has it.
+
+All that is random in an epoch is drawn at its beginning (`draw`) and then only read (`batch`), by positions that may
+live on the device: a training step can so be captured once and replayed.
 
 Shapes: N images of a batch, R pixels a side, C classes.
 """
 
 from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -11,16 +17,54 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .augment import ImageSet, draw_epoch, mix
-from .baseline import Batch, Draws
+from .baseline import Batch
+
+Draws = dict[str, Tensor]
+"""An epoch's random numbers on the device, by name: one row per position in the epoch, or, where the name begins with
+`step_`, one per batch. Shapes and dtypes are those of every other epoch."""
 
 
-class ImageBatches:
+class Batches(ABC):
+    """The batches of a training method.
+
+    Args:
+        images: the training images.
+        batch_size: the last batch of an epoch is smaller where the set does not divide.
+    """
+
+    def __init__(self, images: ImageSet, batch_size: int) -> None:
+        self.images, self.batch_size, self.device = images, batch_size, images.device
+
+    def __len__(self) -> int:
+        """Return how many positions an epoch has."""
+        return len(self.images)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-len(self) // self.batch_size)
+
+    @abstractmethod
+    def draw(self, generator: torch.Generator) -> Draws:
+        """Draw an epoch's random numbers from the CPU `generator`, and move them to the device."""
+
+    @abstractmethod
+    def batch(self, draws: Draws, positions_N: Tensor, step: Tensor) -> Batch:
+        """Return the batch of these positions of the epoch; `step`, (1,) int64, is its number."""
+
+    def epoch(self, generator: torch.Generator) -> Iterator[Batch]:
+        """Yield an epoch's batches."""
+        draws, everything = self.draw(generator), torch.arange(len(self), device=self.device)
+        for step, positions_N in enumerate(everything.split(self.batch_size)):
+            yield self.batch(draws, positions_N, torch.tensor([step], device=self.device))
+
+
+class ImageBatches(Batches):
     """Every image once per epoch, in random order.
 
     Args:
         images: the training images.
         num_classes: C, of the soft labels that mixup makes.
-        batch_size: the last batch of an epoch is smaller where the set does not divide.
+        batch_size: of each but the last.
         augment: random crop and flip.
         mixup: alpha of Beta(alpha, alpha), one draw per batch and partners within the batch; 0 for none.
     """
@@ -28,9 +72,8 @@ class ImageBatches:
     def __init__(
         self, images: ImageSet, num_classes: int, *, batch_size: int, augment: bool = True, mixup: float = 0.0
     ) -> None:
-        self.images = images
+        super().__init__(images, batch_size)
         self.num_classes = num_classes
-        self.batch_size = batch_size
         self.augment = augment
         self.mixup = mixup
 

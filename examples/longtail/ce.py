@@ -1,43 +1,32 @@
 """Baseline CE: one linear head, cross-entropy, instance-balanced batches.
 
-Shapes: N images of a batch, R pixels a side, C classes, D feature dimensions.
+Shapes: N images of a batch, C classes, D feature dimensions.
 """
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .baseline import Baseline, Batch, Draws, Step
-from .batches import ImageBatches
-from .networks import CifarResNet
+from .baseline import Baseline, Batch, Step
+from .networks import LinearNet
 
 
 class CrossEntropy(Baseline):
-    """Cross-entropy training of a CIFAR ResNet.
+    """Cross-entropy training.
 
     Args:
-        model: the network, on the device of the images.
-        images: the training batches.
+        model: the network.
         frozen_head: leave the classifier at its initial values.
     """
 
     name = "ce"
 
-    def __init__(self, model: CifarResNet, images: ImageBatches, *, frozen_head: bool = False) -> None:
-        self.model: CifarResNet = model
-        self.classifier = model.classifier
-        self.images = images
-        self.num_images, self.batch_size, self.device = len(images.images), images.batch_size, images.images.device
+    def __init__(self, model: LinearNet, *, frozen_head: bool = False) -> None:
+        self.model: LinearNet = model
+        self.classifier: nn.Linear = model.classifier
         if frozen_head:
             self.classifier.requires_grad_(False)
-
-    def draw(self, generator: torch.Generator) -> Draws:
-        return self.images.draw(generator)
-
-    def batch(self, draws: Draws, positions_N: Tensor, step: Tensor) -> Batch:
-        return self.images.batch(draws, positions_N, step)
 
     def loss(self, logits_NC: Tensor, targets: Tensor) -> Tensor:
         """Return the mean loss of logits (N, C) float32 and class indices (N,) or soft labels (N, C)."""

@@ -21,7 +21,6 @@ import spalign
 
 from .alignment import Alignment
 from .augment import ImageSet
-from .baseline import Baseline
 from .checkpoint import FolderLock, load_checkpoint, save_checkpoint
 from .data import MEAN, STD, Images, Labels, find_folder, load_dataset
 from .methods import build
@@ -78,7 +77,7 @@ class Trainer:
         self.train_set = self._image_set(self.data.train_images, self.data.train_labels)
         self.eval_set = self._image_set(self.data.eval_images, self.data.eval_labels, padding=0)
         torch.manual_seed(settings.seed)
-        self.baseline: Baseline = build(settings, self.train_set, self.data.counts)
+        self.baseline, self.batches = build(settings, self.train_set, self.data.counts)
         self.alignment = Alignment(self.baseline.classifier, settings.alignment, epochs=recipe.epochs)
         self.parameters = [parameter for parameter in self.baseline.model.parameters() if parameter.requires_grad]
         capture = settings.capture
@@ -100,6 +99,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.amp == "fp16")
         self.training_step = TrainingStep(
             self.baseline,
+            self.batches,
             self.alignment,
             self.optimizer,
             self.parameters,
@@ -187,13 +187,13 @@ class Trainer:
         save_checkpoint(self.checkpoint_path, self._state())
 
     def _train_epoch(self) -> dict[str, float | None]:
-        baseline, training, steps = self.baseline, self.training_step, self.baseline.steps_per_epoch
+        baseline, training, steps = self.baseline, self.training_step, self.batches.steps_per_epoch
         baseline.begin_epoch(self.epoch)
         rates = [self.schedule(self.epoch, step, steps) for step in range(steps)]
-        training.begin_epoch(baseline.draw(self.generator), rates)
+        training.begin_epoch(self.batches.draw(self.generator), rates)
         for step in self.reporter.steps(range(steps), steps, self.epoch):
             training(step)
-        images = baseline.num_images
+        images = len(self.batches)
         loss_mean, penalty_mean = float(training.loss_sum) / images, float(training.penalty_sum) / images
         weights_finite = torch.stack([parameter.detach().isfinite().all() for parameter in self.parameters]).all()
         if not (np.isfinite(loss_mean + penalty_mean) and weights_finite):

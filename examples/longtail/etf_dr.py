@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .baseline import Baseline, Batch, Draws, Step, batch_counts
-from .batches import ImageBatches
-from .networks import Backbone
+from .baseline import Baseline, Batch, Step, batch_counts
+from .networks import feature_dim
 
 
 def simplex_etf(num_classes: int, dim: int) -> Tensor:
@@ -64,66 +63,65 @@ class EtfHead(nn.Module):
     """Batch normalisation, unit length, and a fixed simplex: the logits are cosines.
 
     The simplex is a buffer, so a checkpoint carries it.
+
+    Args:
+        num_classes, dim: C and D.
+        unit_length: scale embedded features to unit length, as published for CIFAR; not for ImageNet.
     """
 
     weight: Tensor
 
-    def __init__(self, num_classes: int, dim: int) -> None:
+    def __init__(self, num_classes: int, dim: int, *, unit_length: bool = True) -> None:
         super().__init__()
+        self.unit_length = unit_length
         self.norm = nn.BatchNorm1d(dim)
         self.register_buffer("weight", simplex_etf(num_classes, dim))
 
     def embed(self, features_ND: Tensor) -> Tensor:
-        """Return unit vectors (N, D), the space that the simplex lies in."""
-        return F.normalize(self.norm(features_ND), eps=1e-8)
+        """Return vectors (N, D) in the space that the simplex lies in."""
+        embedded_ND: Tensor = self.norm(features_ND)
+        return F.normalize(embedded_ND, eps=1e-8) if self.unit_length else embedded_ND
 
     def forward(self, embedded_ND: Tensor) -> Tensor:
-        """Return the cosines (N, C) of embedded features."""
+        """Return the logits (N, C) of embedded features, cosines where these have unit length."""
         return F.linear(embedded_ND, self.weight)
 
 
 class EtfNet(nn.Module):
     """A backbone and an `EtfHead`."""
 
-    def __init__(self, num_classes: int, *, depth: int, width: int) -> None:
+    def __init__(self, backbone: nn.Module, num_classes: int, *, unit_length: bool = True) -> None:
         super().__init__()
-        self.backbone = Backbone(depth, width)
-        self.classifier = EtfHead(num_classes, self.backbone.feature_dim)
-        for module in self.backbone.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight)
+        self.backbone = backbone
+        self.classifier = EtfHead(num_classes, feature_dim(backbone), unit_length=unit_length)
 
 
 class EtfDotRegression(Baseline):
-    """ETF-DR training of a CIFAR ResNet. Class means are of the unit vectors that the simplex is compared with.
+    """ETF-DR training. Class means are of the vectors that the simplex is compared with.
 
     Args:
-        model: the network, on the device of the images.
-        images: the training batches.
+        model: the network, on its device.
         counts: what E_W balances: `"batch"`, classes within each batch, as published code does; training images per
             class; or None for E_W = 1, the printed loss.
+        length_penalty: weight of the mean length of the embedded features; published for ImageNet, where nothing else
+            bounds it: 0.01.
     """
 
     name = "etf-dr"
 
-    def __init__(self, model: EtfNet, images: ImageBatches, *, counts: Sequence[int] | str | None = "batch") -> None:
+    def __init__(
+        self, model: EtfNet, *, counts: Sequence[int] | str | None = "batch", length_penalty: float = 0.0
+    ) -> None:
         self.model: EtfNet = model
         self.classifier: EtfHead = model.classifier
-        self.images = images
-        self.num_images, self.batch_size, self.device = len(images.images), images.batch_size, images.images.device
+        self.length_penalty = length_penalty
         self.num_classes = len(model.classifier.weight)
         self.balance_batch = counts == "batch"
-        device = images.images.device
+        device = model.classifier.weight.device
         self.energy_C = torch.ones(self.num_classes, device=device)
         if not (counts is None or isinstance(counts, str)):
             counts_C = torch.tensor(counts, dtype=torch.float32, device=device)
             self.energy_C = counts_C.mean() / counts_C  # 1 on average over the images
-
-    def draw(self, generator: torch.Generator) -> Draws:
-        return self.images.draw(generator)
-
-    def batch(self, draws: Draws, positions_N: Tensor, step: Tensor) -> Batch:
-        return self.images.batch(draws, positions_N, step)
 
     def energy(self, targets: Tensor) -> Tensor:
         """Return E_W by class, (C,): for a balanced batch N / (classes present * n_c)."""
@@ -140,6 +138,8 @@ class EtfDotRegression(Baseline):
             loss = dot_regression(
                 embedded_ND.float(), self.classifier.weight, batch.targets, self.energy(batch.targets)
             )
+            if self.length_penalty:
+                loss = loss + self.length_penalty * embedded_ND.float().norm(dim=1).mean()
         return Step(loss, logits_NC, embedded_ND, batch.targets)
 
     def predict(self, images: Tensor) -> tuple[Tensor, Tensor]:

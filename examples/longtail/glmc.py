@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .augment import ImageSet, draw_epoch
-from .baseline import Baseline, Batch, Draws, Step
-from .networks import Backbone
+from .baseline import Baseline, Batch, Step
+from .batches import Batches, Draws
+from .networks import feature_dim
 
 
 @dataclass(frozen=True)
@@ -53,19 +54,20 @@ def published_options(dataset: str, imbalance: float) -> GlmcOptions:
 
 
 class GlmcNet(nn.Module):
-    """A backbone with two linear classifiers, `conventional` (fc) and `rebalanced` (fc_cb), and two for agreement."""
+    """A backbone with two linear classifiers, `conventional` (fc) and `rebalanced` (fc_cb), and two for agreement.
 
-    def __init__(self, num_classes: int, *, depth: int, width: int) -> None:
+    These have `agreement_dim` outputs, half of D if not given: 128 on CIFAR. On ImageNet 256 are published.
+    """
+
+    def __init__(self, backbone: nn.Module, num_classes: int, *, agreement_dim: int | None = None) -> None:
         super().__init__()
-        self.backbone = Backbone(depth, width)
-        dim = self.backbone.feature_dim
+        self.backbone = backbone
+        dim = feature_dim(backbone)
+        agreement_dim = agreement_dim or dim // 2
         self.conventional = nn.Linear(dim, num_classes)
         self.rebalanced = nn.Linear(dim, num_classes)
-        self.projection = nn.Linear(dim, dim // 2)
-        self.prediction = nn.Linear(dim // 2, dim // 2)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
-                nn.init.kaiming_normal_(module.weight)
+        self.projection = nn.Linear(dim, agreement_dim)
+        self.prediction = nn.Linear(agreement_dim, agreement_dim)
 
 
 def cut_mask(size: int, share: Tensor, row: Tensor, column: Tensor) -> Tensor:
@@ -102,57 +104,77 @@ def class_weights(counts: Sequence[int], power: float) -> Tensor:
     return (len(counts) * scaled_C / scaled_C.sum()).float()
 
 
-class Glmc(Baseline):
-    """GLMC training of a CIFAR ResNet.
+@dataclass(frozen=True)
+class Pairs:
+    """What both looks of a batch are mixed from, in two augmented versions: one for mixup, one for CutMix.
 
-    The class means are of both looks, with the mixed labels as weights: within a batch, every image counts for the
-    classes it shows by how much of it shows them. (Between batches the moving average gives every batch that shows a
-    class the same say.) They are aligned with the rebalanced head, which predicts.
-
-    Args:
-        model: the network, on the device of the images.
-        images: the training images.
-        counts: training images per class.
-        epochs: T.
-        batch_size: of each loader.
-        options: the method's constants.
-        augment: random crop and flip, drawn anew for each of the four images behind a pair of looks.
-        unadjusted_cutmix: label the second look by lambda even where its box was clipped, as published code does.
-        aligned_head: which head class means are aligned with.
+    Attributes:
+        own_mixup, own_cutmix: (N, 3, R, R) float images of loader A.
+        other_mixup, other_cutmix: (N, 3, R, R) float images of loader B.
+        own, other: (N,) int64, their classes.
     """
 
-    name = "glmc"
+    own_mixup: Tensor
+    own_cutmix: Tensor
+    other_mixup: Tensor
+    other_cutmix: Tensor
+    own: Tensor
+    other: Tensor
+
+
+def mix_pairs(pairs: Pairs, num_classes: int, share: Tensor, middle_2: Tensor, *, unadjusted: bool = False) -> Batch:
+    """Mix pairs of images into a batch of two looks with soft labels (N, C).
+
+    Args:
+        pairs: the images.
+        num_classes: C.
+        share: lambda, one float.
+        middle_2: row and column of the middle of CutMix's box, two int64.
+        unadjusted: label the second look by lambda even where its box was clipped, as published code does.
+    """
+    own_NC, other_NC = (F.one_hot(labels_N, num_classes).float() for labels_N in (pairs.own, pairs.other))
+    mixed_N3RR = torch.lerp(pairs.other_mixup, pairs.own_mixup, share)
+    row, column = middle_2.view(2, 1)
+    pasted_RR = cut_mask(mixed_N3RR.shape[-1], share, row, column)
+    cut_N3RR = torch.where(pasted_RR, pairs.other_cutmix, pairs.own_cutmix)
+    cut_share = share if unadjusted else 1.0 - pasted_RR.float().mean()
+    second = Batch(cut_N3RR, torch.lerp(other_NC, own_NC, cut_share))
+    return Batch(mixed_N3RR, torch.lerp(other_NC, own_NC, share), second)
+
+
+def sampling_weights(labels_N: Tensor, counts: Sequence[int], resample: float) -> Tensor:
+    """Return what the chances of each image in loader B are proportional to, `n_y^-r`, (N,) float64 on the CPU."""
+    return torch.tensor(counts, dtype=torch.float64)[labels_N.cpu()].pow(-resample)
+
+
+class GlmcBatches(Batches):
+    """Pairs of looks at images of loader A, each mixed with one of loader B.
+
+    Args:
+        images: the training images.
+        counts: training images per class.
+        batch_size: of each loader.
+        resample: r.
+        augment: random crop and flip, drawn anew for each of the four images behind a pair of looks.
+        unadjusted_cutmix: see `mix_pairs`.
+    """
 
     def __init__(
         self,
-        model: GlmcNet,
         images: ImageSet,
         counts: Sequence[int],
         *,
-        epochs: int,
         batch_size: int,
-        options: GlmcOptions,
+        resample: float,
         augment: bool = True,
         unadjusted_cutmix: bool = False,
-        aligned_head: Literal["rebalanced", "conventional"] = "rebalanced",
     ) -> None:
-        self.model: GlmcNet = model
-        self.classifier: nn.Linear = model.rebalanced if aligned_head == "rebalanced" else model.conventional
-        self.images = images
-        self.epochs = epochs
-        self.batch_size = batch_size
-        self.options = options
-        self.augment = augment
-        self.unadjusted_cutmix = unadjusted_cutmix
-        self.num_classes = len(counts)
-        self.num_images, self.device = len(images), images.device
-        self.conventional_share = torch.ones((), device=images.device)  # a_t
-        self.weight_C = class_weights(counts, options.label_weighting).to(images.device)
-        size_C = torch.tensor(counts, dtype=torch.float64)
-        self.sampling_N = size_C[images.labels_N.cpu()].pow(-options.resample)
+        super().__init__(images, batch_size)
+        self.augment, self.unadjusted_cutmix, self.num_classes = augment, unadjusted_cutmix, len(counts)
+        self.sampling_N = sampling_weights(images.labels_N, counts, resample)
 
     def draw(self, generator: torch.Generator) -> Draws:
-        images, n, device = self.images, self.num_images, self.device
+        images, n, device = self.images, len(self), self.device
         # The order of each loader, and crops for each of its looks.
         draws: Draws = {}
         for look in ("own_mixup", "own_cutmix", "other_mixup", "other_cutmix"):
@@ -166,7 +188,7 @@ class Glmc(Baseline):
         return draws
 
     def batch(self, draws: Draws, positions_N: Tensor, step: Tensor) -> Batch:
-        images, share = self.images, draws["step_share"][step]
+        images = self.images
 
         def look(loader: str, kind: str) -> Tensor:
             index_N = draws[loader][positions_N]
@@ -175,17 +197,50 @@ class Glmc(Baseline):
             crop = (draws[f"{loader}_{kind}_{name}"][positions_N] for name in ("top", "left", "flip"))
             return images.crops(index_N, *crop)
 
-        own_NC, other_NC = (
-            F.one_hot(images.labels_N[draws[loader][positions_N]], self.num_classes).float()
-            for loader in ("own", "other")
+        looks = (look(loader, kind) for loader in ("own", "other") for kind in ("mixup", "cutmix"))
+        labels = (images.labels_N[draws[loader][positions_N]] for loader in ("own", "other"))
+        return mix_pairs(
+            Pairs(*looks, *labels),
+            self.num_classes,
+            draws["step_share"][step],
+            draws["step_middle"][step],
+            unadjusted=self.unadjusted_cutmix,
         )
-        mixed_N3RR = torch.lerp(look("other", "mixup"), look("own", "mixup"), share)
-        row, column = draws["step_middle"][step].unbind(1)
-        pasted_RR = cut_mask(images.resolution, share, row, column)
-        cut_N3RR = torch.where(pasted_RR, look("other", "cutmix"), look("own", "cutmix"))
-        cut_share = share if self.unadjusted_cutmix else 1.0 - pasted_RR.float().mean()
-        second = Batch(cut_N3RR, torch.lerp(other_NC, own_NC, cut_share))
-        return Batch(mixed_N3RR, torch.lerp(other_NC, own_NC, share), second)
+
+
+class Glmc(Baseline):
+    """GLMC training.
+
+    The class means are of both looks, with the mixed labels as weights: within a batch, every image counts for the
+    classes it shows by how much of it shows them. (Between batches the moving average gives every batch that shows a
+    class the same say.) They are aligned with the rebalanced head, which predicts.
+
+    Args:
+        model: the network, on its device.
+        counts: training images per class.
+        epochs: T.
+        options: the method's constants.
+        aligned_head: which head class means are aligned with.
+    """
+
+    name = "glmc"
+
+    def __init__(
+        self,
+        model: GlmcNet,
+        counts: Sequence[int],
+        *,
+        epochs: int,
+        options: GlmcOptions,
+        aligned_head: Literal["rebalanced", "conventional"] = "rebalanced",
+    ) -> None:
+        self.model: GlmcNet = model
+        self.classifier: nn.Linear = model.rebalanced if aligned_head == "rebalanced" else model.conventional
+        self.epochs = epochs
+        self.options = options
+        device = self.classifier.weight.device
+        self.conventional_share = torch.ones((), device=device)  # a_t
+        self.weight_C = class_weights(counts, options.label_weighting).to(device)
 
     def begin_epoch(self, epoch: int) -> None:
         super().begin_epoch(epoch)
@@ -194,7 +249,7 @@ class Glmc(Baseline):
     def step(self, batch: Batch) -> Step:
         assert batch.second is not None
         model, conventional_share = self.model, self.conventional_share
-        features, logits, projected, predicted, loss = [], [], [], [], torch.zeros((), device=self.images.device)
+        features, logits, projected, predicted, loss = [], [], [], [], torch.zeros((), device=batch.images.device)
         for look in (batch, batch.second):
             features_ND = model.backbone(look.images)
             conventional_NC, rebalanced_NC = model.conventional(features_ND), model.rebalanced(features_ND)

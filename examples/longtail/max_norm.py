@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .baseline import Baseline, Batch, Draws, Step
-from .batches import ImageBatches
+from .baseline import Baseline, Batch, Step
 from .glmc import GlmcNet
 
 
@@ -52,9 +51,8 @@ class MaxNorm(Baseline):
     """MaxNorm on a network that GLMC has trained.
 
     Args:
-        model: the trained network, on the device of the images. All but its test head are frozen; the norm limit
+        model: the trained network, on its device. All but its test head are frozen; the norm limit
             becomes one of its buffers, so that a checkpoint carries it.
-        images: batches of single images.
         counts: training images per class.
         moving_statistics: let batch normalisation go on adapting, as published code does by leaving the frozen network
             in training mode.
@@ -62,22 +60,12 @@ class MaxNorm(Baseline):
 
     name = "glmc-maxnorm"
 
-    def __init__(
-        self, model: GlmcNet, images: ImageBatches, counts: Sequence[int], *, moving_statistics: bool = False
-    ) -> None:
+    def __init__(self, model: GlmcNet, counts: Sequence[int], *, moving_statistics: bool = False) -> None:
         self.model: GlmcNet = model.requires_grad_(False)
         self.classifier: nn.Linear = model.rebalanced.requires_grad_(True)
-        self.images = images
         self.moving_statistics = moving_statistics
-        self.num_images, self.batch_size, self.device = len(images.images), images.batch_size, images.images.device
-        self.weight_C = effective_weights(counts).to(images.images.device)
+        self.weight_C = effective_weights(counts).to(self.classifier.weight.device)
         model.register_buffer("norm_limit", norm_limit(self.classifier.weight))
-
-    def draw(self, generator: torch.Generator) -> Draws:
-        return self.images.draw(generator)
-
-    def batch(self, draws: Draws, positions_N: Tensor, step: Tensor) -> Batch:
-        return self.images.batch(draws, positions_N, step)
 
     def begin_epoch(self, epoch: int) -> None:
         self.model.train(self.moving_statistics)
@@ -85,7 +73,7 @@ class MaxNorm(Baseline):
     def step(self, batch: Batch) -> Step:
         logits_NC, features_ND = self.predict(batch.images)
         # A logarithm of probabilities, which autocast refuses to do in half precision.
-        with torch.autocast(self.device.type, enabled=False):
+        with torch.autocast(logits_NC.device.type, enabled=False):
             loss = binary_cross_entropy(logits_NC.float(), batch.targets, self.weight_C)
         return Step(loss, logits_NC, features_ND, batch.targets)
 

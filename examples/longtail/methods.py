@@ -13,13 +13,13 @@ from torch import nn
 from .arb import AttractionRepulsionBalanced
 from .augment import ImageSet
 from .baseline import Baseline
-from .batches import ImageBatches
+from .batches import Batches, ImageBatches
 from .ce import CrossEntropy
 from .checkpoint import load_checkpoint
 from .etf_dr import EtfDotRegression, EtfNet
-from .glmc import Glmc, GlmcNet, published_options
+from .glmc import Glmc, GlmcBatches, GlmcNet, published_options
 from .max_norm import MaxNorm
-from .networks import CifarResNet, store_channels_last
+from .networks import Backbone, CifarResNet, initialize, store_channels_last
 
 if TYPE_CHECKING:
     from .settings import Settings
@@ -96,8 +96,8 @@ def check_options(name: str, options: MethodOptions) -> None:
         raise ValueError("glmc-maxnorm retrains the head of a GLMC run: set --first-stage to its output folder")
 
 
-def build(settings: Settings, images: ImageSet, counts: Sequence[int]) -> Baseline:
-    """Build a method's network, on the device of the images, and its baseline.
+def build(settings: Settings, images: ImageSet, counts: Sequence[int]) -> tuple[Baseline, Batches]:
+    """Build a method's network, on the device of the images, its baseline and its batches.
 
     Args:
         settings: of the run; PyTorch's global generator gives the initial weights.
@@ -109,8 +109,10 @@ def build(settings: Settings, images: ImageSet, counts: Sequence[int]) -> Baseli
         OSError: the first stage cannot be read.
     """
     recipe, options, num_classes = settings.recipe, settings.method_options, len(counts)
-    shape = {"depth": recipe.depth, "width": recipe.width}
     augment: dict[str, Any] = {"batch_size": recipe.batch_size, "augment": settings.augment}
+
+    def backbone() -> Backbone:
+        return Backbone(recipe.depth, recipe.width)
 
     def place(model: nn.Module) -> Any:
         model.to(images.device)
@@ -120,45 +122,59 @@ def build(settings: Settings, images: ImageSet, counts: Sequence[int]) -> Baseli
             model.get_submodule("backbone").compile()
         return model
 
-    def batches() -> ImageBatches:
+    def initialized(model: nn.Module) -> Any:
+        initialize(model)
+        return place(model)
+
+    def single_images() -> Batches:
         return ImageBatches(images, num_classes, mixup=recipe.mixup, **augment)
 
-    def cross_entropy() -> Baseline:
-        return CrossEntropy(place(CifarResNet(num_classes, **shape)), batches(), frozen_head=options.frozen_head)
+    def linear() -> Any:
+        return place(CifarResNet(num_classes, depth=recipe.depth, width=recipe.width))
 
-    def etf_dr() -> Baseline:
+    def cross_entropy() -> tuple[Baseline, Batches]:
+        return CrossEntropy(linear(), frozen_head=options.frozen_head), single_images()
+
+    def etf_dr() -> tuple[Baseline, Batches]:
         balance: dict[str | None, Any] = {None: "batch", "batch": "batch", "global": counts, "none": None}
-        model = place(EtfNet(num_classes, **shape))
-        return EtfDotRegression(model, batches(), counts=balance[options.class_counts])
+        model = initialized(EtfNet(backbone(), num_classes))
+        return EtfDotRegression(model, counts=balance[options.class_counts]), single_images()
 
-    def arb() -> Baseline:
-        model = place(CifarResNet(num_classes, **shape))
+    def arb() -> tuple[Baseline, Batches]:
         in_batch = options.class_counts == "batch"
-        return AttractionRepulsionBalanced(
-            model, batches(), counts=None if in_batch else counts, clamp=options.clamp_logits
+        baseline = AttractionRepulsionBalanced(
+            linear(), counts=None if in_batch else counts, clamp=options.clamp_logits
         )
+        return baseline, single_images()
 
-    def glmc() -> Baseline:
+    def glmc() -> tuple[Baseline, Batches]:
         given = {name: getattr(options, name) for name in ("resample", "label_weighting", "contrast")}
-        constants = published_options(settings.dataset, settings.imbalance)
-        return Glmc(
-            place(GlmcNet(num_classes, **shape)),
-            images,
+        constants = replace(
+            published_options(settings.dataset, settings.imbalance),
+            **{name: value for name, value in given.items() if value is not None},
+        )
+        baseline = Glmc(
+            initialized(GlmcNet(backbone(), num_classes)),
             counts,
             epochs=recipe.epochs,
-            options=replace(constants, **{name: value for name, value in given.items() if value is not None}),
-            unadjusted_cutmix=options.unadjusted_cutmix,
+            options=constants,
             aligned_head=options.aligned_head,
+        )
+        return baseline, GlmcBatches(
+            images,
+            counts,
+            resample=constants.resample,
+            unadjusted_cutmix=options.unadjusted_cutmix,
             **augment,
         )
 
-    def max_norm() -> Baseline:
+    def max_norm() -> tuple[Baseline, Batches]:
         assert options.first_stage is not None
-        model = GlmcNet(num_classes, **shape)
+        model = GlmcNet(backbone(), num_classes)
         load_first_stage(model, options.first_stage, images.device, settings)
-        return MaxNorm(place(model), batches(), counts, moving_statistics=options.moving_statistics)
+        return MaxNorm(place(model), counts, moving_statistics=options.moving_statistics), single_images()
 
-    builders: dict[str, Callable[[], Baseline]] = {
+    builders: dict[str, Callable[[], tuple[Baseline, Batches]]] = {
         "ce": cross_entropy,
         "etf-dr": etf_dr,
         "arb": arb,

@@ -61,21 +61,15 @@ class Backbone(nn.Module):
         return features_ND
 
 
-class CifarResNet(nn.Module):
-    """CIFAR ResNet of `depth` = 6 n + 2 layers: a `backbone` and a linear `classifier` with bias.
+class LinearNet(nn.Module):
+    """A `backbone`, a module with a `feature_dim` D that gives features (N, D), and a linear `classifier` with bias."""
 
-    With depth 32 the backbone has 463,504 / 1,848,608 / 7,383,616 parameters at width 1 / 2 / 4 (the three networks
-    that long-tail papers all call "ResNet-32"). Convolutions and the classifier's weight start from
-    `kaiming_normal_` with PyTorch's default arguments, the classifier's bias from PyTorch's own default.
-    """
+    backbone: nn.Module
 
-    def __init__(self, num_classes: int, *, depth: int = 32, width: int = 1) -> None:
+    def __init__(self, backbone: nn.Module, num_classes: int) -> None:
         super().__init__()
-        self.backbone = Backbone(depth, width)
-        self.classifier = nn.Linear(self.backbone.feature_dim, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
-                nn.init.kaiming_normal_(module.weight)
+        self.backbone = backbone
+        self.classifier = nn.Linear(feature_dim(backbone), num_classes)
 
     def forward_features(self, images_N3HW: Tensor) -> Tensor:
         """Return the classifier's input (N, D)."""
@@ -86,6 +80,35 @@ class CifarResNet(nn.Module):
         """Return the logits (N, C)."""
         logits_NC: Tensor = self.classifier(self.forward_features(images_N3HW))
         return logits_NC
+
+
+class CifarResNet(LinearNet):
+    """CIFAR ResNet of `depth` = 6 n + 2 layers: a `backbone` and a linear `classifier` with bias.
+
+    With depth 32 the backbone has 463,504 / 1,848,608 / 7,383,616 parameters at width 1 / 2 / 4 (the three networks
+    that long-tail papers all call "ResNet-32"). Convolutions and the classifier's weight start from
+    `kaiming_normal_` with PyTorch's default arguments, the classifier's bias from PyTorch's own default.
+    """
+
+    backbone: Backbone
+
+    def __init__(self, num_classes: int, *, depth: int = 32, width: int = 1) -> None:
+        super().__init__(Backbone(depth, width), num_classes)
+        initialize(self)
+
+
+def feature_dim(backbone: nn.Module) -> int:
+    """Return D of a backbone."""
+    dim = backbone.feature_dim
+    assert isinstance(dim, int)
+    return dim
+
+
+def initialize(model: nn.Module) -> None:
+    """Start convolutions and linear weights as the CIFAR codes do: `kaiming_normal_` with its default arguments."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(module.weight)
 
 
 def num_parameters(module: nn.Module) -> int:

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .alignment import Alignment
-from .baseline import Baseline, Draws
+from .baseline import Baseline
+from .batches import Batches, Draws
 
 WARM_UP_STEPS = 3  # ordinary steps before the capture, in which libraries choose their kernels
 
@@ -28,6 +29,7 @@ class TrainingStep:
 
     Args:
         baseline: what to train.
+        batches: on what.
         alignment: the strategies.
         optimizer: of `parameters`; with `capture`, its learning rates are tensors and it reads them on the device.
         parameters: what may be clipped.
@@ -42,6 +44,7 @@ class TrainingStep:
     def __init__(
         self,
         baseline: Baseline,
+        batches: Batches,
         alignment: Alignment,
         optimizer: Optimizer,
         parameters: Sequence[Tensor],
@@ -53,12 +56,13 @@ class TrainingStep:
         clip_norm: float = 0.0,
         capture: bool = False,
     ) -> None:
-        self.baseline, self.alignment, self.optimizer, self.parameters = baseline, alignment, optimizer, parameters
+        self.baseline, self.batches, self.alignment = baseline, batches, alignment
+        self.optimizer, self.parameters = optimizer, parameters
         self.autocast, self.scaler, self.spareg = autocast, scaler, spareg
         self.accumulate, self.clip_norm, self.capture = accumulate, clip_norm, capture
-        device = baseline.device
+        device = batches.device
         self.number = torch.zeros(1, dtype=torch.int64, device=device)
-        self.range_N = torch.arange(baseline.batch_size, device=device)
+        self.range_N = torch.arange(batches.batch_size, device=device)
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         self.penalty_sum = torch.zeros_like(self.loss_sum)
         self.correct = torch.zeros((), dtype=torch.int64, device=device)
@@ -84,12 +88,12 @@ class TrainingStep:
 
     def __call__(self, step: int) -> None:
         """Take the 0-based `step` of the epoch; steps come in order."""
-        size = min(self.baseline.batch_size, self.baseline.num_images - step * self.baseline.batch_size)
+        size = min(self.batches.batch_size, len(self.batches) - step * self.batches.batch_size)
         if not self.capture:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.rates[step]
             self._train(size)
-        elif size < self.baseline.batch_size:
+        elif size < self.batches.batch_size:
             self._train(size)
         elif self.taken < WARM_UP_STEPS:
             self.taken += 1
@@ -111,8 +115,8 @@ class TrainingStep:
         if self.capture:
             for group in optimizer.param_groups:
                 group["lr"].copy_(self.rate_S[self.number].squeeze(0))
-        positions_N = self.number * baseline.batch_size + self.range_N[:size]
-        batch = baseline.batch(self.draws, positions_N, self.number)
+        positions_N = self.number * self.batches.batch_size + self.range_N[:size]
+        batch = self.batches.batch(self.draws, positions_N, self.number)
         optimizer.zero_grad(set_to_none=True)
         for part in batch.split(self.accumulate):
             with self.autocast():

@@ -15,10 +15,9 @@ import torch
 from longtail import arb, etf_dr, glmc, max_norm
 from longtail.augment import ImageSet
 from longtail.baseline import Batch, batch_counts
-from longtail.batches import ImageBatches
 from longtail.data import MEAN, STD, choose_images, long_tail_counts
 from longtail.engine import Trainer
-from longtail.networks import CifarResNet
+from longtail.networks import Backbone, CifarResNet
 from longtail.recipes import Schedule, get_recipe, small_recipe
 from torch import Tensor
 
@@ -40,6 +39,9 @@ def batch(seed: int, n: int = 9, c: int = 5) -> tuple[Tensor, Tensor, Tensor]:
 
 def log_softmax(z: Array) -> Array:
     return np.array([[v - math.log(sum(math.exp(u) for u in row)) for v in row] for row in z])
+
+
+COUNTS = [8, 8, 8, 8, 8]
 
 
 def tiny_images(num_classes: int = 5, n: int = 40, resolution: int = 8) -> ImageSet:
@@ -100,11 +102,11 @@ def test_a_class_absent_from_the_batch_is_not_pushed_away(soft: bool) -> None:
 
 
 def test_arb_counts_the_training_set_or_the_batch() -> None:
-    model, images = CifarResNet(5, depth=8), ImageBatches(tiny_images(), 5, batch_size=9)
+    model = CifarResNet(5, depth=8)
     logits, labels, _ = batch(4)
     counts = [50, 20, 7, 3, 1]
-    whole = arb.AttractionRepulsionBalanced(model, images, counts=counts).loss(logits.float(), labels)
-    part = arb.AttractionRepulsionBalanced(model, images, counts=None).loss(logits.float(), labels)
+    whole = arb.AttractionRepulsionBalanced(model, counts=counts).loss(logits.float(), labels)
+    part = arb.AttractionRepulsionBalanced(model, counts=None).loss(logits.float(), labels)
     torch.testing.assert_close(whole, arb.balanced_softmax(logits.float(), labels, torch.tensor(counts).float()))
     torch.testing.assert_close(part, arb.balanced_softmax(logits.float(), labels, batch_counts(labels, 5)))
 
@@ -169,20 +171,20 @@ def test_dot_regression_pulls_along_the_vertex_alone() -> None:
 
 def test_etf_energy_balances_the_batch_the_set_or_nothing() -> None:
     torch.manual_seed(0)
-    model, images = etf_dr.EtfNet(5, depth=8, width=1), ImageBatches(tiny_images(), 5, batch_size=9)
+    model = etf_dr.EtfNet(Backbone(8, 1), 5)
     _, labels, mixed = batch(6)
     want = torch.tensor(energy(labels.numpy())).float()
-    by_batch = etf_dr.EtfDotRegression(model, images)
+    by_batch = etf_dr.EtfDotRegression(model)
     torch.testing.assert_close(by_batch.energy(labels), want)
     torch.testing.assert_close(by_batch.energy(mixed.float())[want > 0], want[want > 0], rtol=1e-5, atol=0)
-    assert torch.equal(etf_dr.EtfDotRegression(model, images, counts=None).energy(labels), torch.ones(5))
-    by_set = etf_dr.EtfDotRegression(model, images, counts=[50, 20, 10, 5, 5]).energy(labels)
+    assert torch.equal(etf_dr.EtfDotRegression(model, counts=None).energy(labels), torch.ones(5))
+    by_set = etf_dr.EtfDotRegression(model, counts=[50, 20, 10, 5, 5]).energy(labels)
     torch.testing.assert_close(by_set, torch.tensor([18 / 50, 18 / 20, 1.8, 3.6, 3.6]))
 
 
 def test_etf_features_are_unit_vectors_and_logits_their_cosines() -> None:
     torch.manual_seed(0)
-    baseline = etf_dr.EtfDotRegression(etf_dr.EtfNet(5, depth=8, width=1), ImageBatches(tiny_images(), 5, batch_size=9))
+    baseline = etf_dr.EtfDotRegression(etf_dr.EtfNet(Backbone(8, 1), 5))
     baseline.begin_epoch(0)
     step = baseline.step(Batch(torch.randn(9, 3, 8, 8), torch.arange(9) % 5))
     torch.testing.assert_close(step.features.norm(dim=1), torch.ones(9))
@@ -231,12 +233,14 @@ def test_cutmix_pastes_a_clipped_box(share: float, row: int, column: int) -> Non
     assert got.tolist() == want
 
 
-def glmc_baseline(**options: Any) -> glmc.Glmc:
+def glmc_baseline() -> glmc.Glmc:
     torch.manual_seed(0)
-    images = tiny_images()
-    defaults: dict[str, Any] = {"epochs": 10, "batch_size": 16, "options": glmc.GlmcOptions(0.5, 1.2, 4.0)}
-    counts = torch.bincount(images.labels_N).tolist()
-    return glmc.Glmc(glmc.GlmcNet(5, depth=8, width=1), images, counts, **{**defaults, **options})
+    model = glmc.GlmcNet(Backbone(8, 1), 5)
+    return glmc.Glmc(model, COUNTS, epochs=10, options=glmc.GlmcOptions(0.5, 1.2, 4.0))
+
+
+def glmc_batches(**options: Any) -> glmc.GlmcBatches:
+    return glmc.GlmcBatches(tiny_images(), COUNTS, batch_size=16, resample=0.5, **options)
 
 
 @pytest.mark.parametrize("epoch", [0, 6])
@@ -273,14 +277,13 @@ def test_glmc_step_is_the_formula(epoch: int) -> None:
 
 def test_glmc_looks_mix_the_same_pairs() -> None:
     """A first look must be lambda own + (1 - lambda) other; labels of the second follow the pasted area."""
-    baseline = glmc_baseline(augment=False)
-    batches = list(baseline.batches(torch.Generator().manual_seed(0)))
+    batches = list(glmc_batches(augment=False).epoch(torch.Generator().manual_seed(0)))
     assert [len(one) for one in batches] == [16, 16, 8]
     for one in batches:
         assert one.second is not None
         for look in (one, one.second):
             torch.testing.assert_close(look.targets.sum(1), torch.ones(len(look)))
-    unadjusted = list(glmc_baseline(augment=False, unadjusted_cutmix=True).batches(torch.Generator().manual_seed(0)))
+    unadjusted = list(glmc_batches(augment=False, unadjusted_cutmix=True).epoch(torch.Generator().manual_seed(0)))
     for one, other in zip(unadjusted, batches, strict=True):
         assert one.second is not None
         assert other.second is not None
@@ -292,16 +295,16 @@ def test_glmc_looks_mix_the_same_pairs() -> None:
 
 def test_glmc_pixels_and_labels_are_mixed_alike() -> None:
     """Both looks against their definition: by lambda, and by the box, whose area is the other label's share."""
-    baseline = glmc_baseline(augment=False)
-    images = baseline.images
+    batches = glmc_batches(augment=False)
+    images = batches.images
     pixels, labels = images.plain(torch.arange(40)).double(), torch.eye(5, dtype=torch.float64)[images.labels_N]
-    draws = baseline.draw(torch.Generator().manual_seed(1))
+    draws = batches.draw(torch.Generator().manual_seed(1))
     for step in range(3):
         positions = torch.arange(40)[16 * step : 16 * (step + 1)]
         own, other = draws["own"][positions], draws["other"][positions]
         share = float(draws["step_share"][step])
         row, column = draws["step_middle"][step].tolist()
-        got = baseline.batch(draws, positions, torch.tensor([step]))
+        got = batches.batch(draws, positions, torch.tensor([step]))
         assert got.second is not None
         # float32 interpolation of numbers below 3
         near: dict[str, Any] = {"rtol": 0, "atol": 2e-6}
@@ -324,18 +327,15 @@ def test_glmc_loader_b_follows_its_law() -> None:
         torch.zeros(100, 3, 8, 8, dtype=torch.uint8), labels, device=torch.device("cpu"), mean=MEAN, std=STD
     )
     for r, want in ((0.0, [0.8, 0.16, 0.04]), (1.0, [1 / 3] * 3), (0.5, [8.944 / 14.944, 4 / 14.944, 2 / 14.944])):
-        net = glmc.GlmcNet(3, depth=8, width=1)
-        baseline = glmc.Glmc(
-            net, images, [80, 16, 4], epochs=1, batch_size=10, options=glmc.GlmcOptions(r, 1.0, 1.0), augment=False
-        )
-        mass = baseline.sampling_N / baseline.sampling_N.sum()
+        batches = glmc.GlmcBatches(images, [80, 16, 4], batch_size=10, resample=r)
+        mass = batches.sampling_N / batches.sampling_N.sum()
         got = [float(mass[labels == c].sum()) for c in range(3)]
         assert got == pytest.approx(want, abs=1e-3)
 
 
 def test_glmc_first_epoch_teaches_the_rebalanced_head_nothing() -> None:
     baseline = glmc_baseline()
-    one = next(iter(baseline.batches(torch.Generator().manual_seed(0))))
+    one = next(iter(glmc_batches().epoch(torch.Generator().manual_seed(0))))
     for epoch, taught in ((0, False), (1, True)):
         baseline.model.zero_grad()
         baseline.begin_epoch(epoch)
@@ -503,7 +503,7 @@ def test_variants_of_a_method_start_and_see_the_same(name: str, tiny_options: Op
         one = trainer(tiny_options(f"run{number}", "--method", name, *strategy))
         tensors = [p.detach().clone() for p in one.baseline.model.parameters()]
         one._run_epoch()
-        for drawn in one.baseline.batches(one.generator):
+        for drawn in one.batches.epoch(one.generator):
             tensors += [drawn.images, drawn.targets]
         seen.append(tensors)
     assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
@@ -528,7 +528,7 @@ def test_a_checkpoint_of_before_an_option_existed_resumes(tiny_options: Options,
 
 def test_an_etf_needs_a_wide_network() -> None:
     with pytest.raises(ValueError, match="--width 2 has 128"):
-        etf_dr.EtfNet(100, depth=8, width=1)
+        etf_dr.EtfNet(Backbone(8, 1), 100)
     assert small_recipe("etf-dr", "cifar100").width == 2
     assert get_recipe("etfdr", "cifar100").width == 2
     assert get_recipe("etfdr", "cifar10").width == 1

@@ -263,14 +263,14 @@ def test_variants_with_equal_seeds_are_paired(tiny_options: Options) -> None:
     plain, aligned = trainer(tiny_options("plain")), trainer(tiny_options("aligned", *ALL_THREE))
     seen: list[list[Tensor]] = []
     for variant in (plain, aligned):
-        make, tensors = variant.baseline.batch, [p.clone() for p in variant.baseline.model.parameters()]
+        make, tensors = variant.batches.batch, [p.clone() for p in variant.baseline.model.parameters()]
 
         def recorded(*args: Any, make: Any = make, tensors: Any = tensors) -> Any:
             batch = make(*args)
             tensors.extend([batch.images.clone(), batch.targets.clone()])
             return batch
 
-        variant.baseline.batch = recorded  # type: ignore[method-assign, assignment]
+        variant.batches.batch = recorded  # type: ignore[method-assign, assignment]
         variant.run()
         seen.append(tensors)
     assert_equal(*seen)
@@ -290,7 +290,7 @@ def test_tracking_means_changes_nothing_in_a_plain_run(tiny_options: Options, mo
 def test_seed_changes_weights_and_batches(tiny_options: Options) -> None:
     first, second = trainer(tiny_options("first")), trainer(tiny_options("second", "--seed", "1"))
     assert not torch.equal(first.baseline.classifier.weight, second.baseline.classifier.weight)  # type: ignore[arg-type]
-    batches = [next(iter(t.baseline.batches(t.generator))).images for t in (first, second)]
+    batches = [next(iter(t.batches.epoch(t.generator))).images for t in (first, second)]
     assert not torch.equal(*batches)
 
 
@@ -329,7 +329,7 @@ def test_clipping_bounds_the_gradient(tiny_options: Options) -> None:
 
     variant.optimizer.register_step_pre_hook(record)
     variant.run()
-    assert norms == pytest.approx([0.01] * variant.baseline.steps_per_epoch, rel=1e-3)  # it divides by norm + 1e-6
+    assert norms == pytest.approx([0.01] * variant.batches.steps_per_epoch, rel=1e-3)  # it divides by norm + 1e-6
 
 
 @pytest.mark.parametrize(
