@@ -26,7 +26,7 @@ from .data import MEAN, STD, Images, Labels, find_folder, load_dataset
 from .methods import build
 from .recipes import Schedule
 from .reporting import Figures, Reporter, accuracy_figures, closing_table, group_means, write_result
-from .settings import Settings, check_same
+from .settings import Settings, check_same, torch_device
 from .step import TrainingStep
 
 AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -55,7 +55,7 @@ class Trainer:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         recipe = settings.recipe
-        self.device = settings.torch_device()
+        self.device = torch_device(settings.device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # a CUDA graph is captured on the current device
         if settings.threads is not None:
@@ -191,7 +191,7 @@ class Trainer:
         baseline.begin_epoch(self.epoch)
         rates = [self.schedule(self.epoch, step, steps) for step in range(steps)]
         training.begin_epoch(self.batches.draw(self.generator), rates)
-        for step in self.reporter.steps(range(steps), steps, self.epoch):
+        for step in self.reporter.steps(range(steps), self.epoch):
             training(step)
         images = len(self.batches)
         loss_mean, penalty_mean = float(training.loss_sum) / images, float(training.penalty_sum) / images

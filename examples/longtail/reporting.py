@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
 
 from .checkpoint import write_atomically
 
-T = TypeVar("T")
 Groups = Mapping[str, Sequence[int]]
 Figures = dict[str, float | None]
 
@@ -70,11 +69,18 @@ class Reporter:
             # What an interrupted run wrote after its last checkpoint is purged.
             self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_epoch + 1)
 
-    def steps(self, batches: Iterable[T], total: int, epoch: int) -> Iterator[T]:
-        """Pass the batches through, moving a progress bar where there is a terminal."""
-        disable = True if self.quiet else None  # None: only where stderr is a terminal
-        label = f"epoch {epoch + 1}/{self.epochs}"
-        return iter(tqdm(batches, label, total, leave=False, disable=disable, mininterval=0.5, dynamic_ncols=True))
+    def steps(self, steps: range, epoch: int) -> tqdm[int]:
+        """Return the remaining steps of an epoch behind a progress bar, which shows where there is a terminal."""
+        return tqdm(
+            steps,
+            f"epoch {epoch + 1}/{self.epochs}",
+            total=steps.stop,
+            initial=steps.start,
+            leave=False,
+            disable=True if self.quiet else None,  # None: only where stderr is a terminal
+            mininterval=0.5,
+            dynamic_ncols=True,
+        )
 
     def epoch(self, record: Mapping[str, Any]) -> None:
         """Write one epoch's record, whole or not at all as far as a reader is concerned."""

@@ -502,7 +502,6 @@ def test_max_norm_refuses_what_it_cannot_start_from(tiny_options: Options, tmp_p
         ("--method glmc-maxnorm", "--first-stage"),
         ("--subset-replacement --validation 2", "with replacement"),
         ("--method glmc --mixup 1", "mixes by itself"),
-        ("--schedule epoch-cosine", "--warmup-epochs 1"),
         ("--method etf-dr --accumulate 2", "micro-batches"),
         ("--method arb --class-counts batch --accumulate 2", "micro-batches"),
     ],
