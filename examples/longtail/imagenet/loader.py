@@ -228,9 +228,10 @@ class _EvalImages(Dataset[Any]):
         return LoadedBatch((look,), (self.images.labels_N[list(index)],))
 
 
-def _read(images: ImageList, i: int, read: Callable[[Any], T]) -> T:
+def _read(images: ImageList, i: int, read: Callable[[Any], T], source: Any = None) -> T:
+    """Read image `i` from its file, or from `source` where that is at hand."""
     try:
-        return read(images.root / images.files[i])
+        return read(images.root / images.files[i] if source is None else source)
     except OSError as error:
         raise BadImage(
             f"{images.where(i)} cannot be read ({error}): fetch it again, or look for others with --scan full"
@@ -453,8 +454,7 @@ def _decode_on(batch: _Encoded, images: ImageList, device: torch.device) -> list
         if plain_file:
             decoded.append(next(on_device))
         else:
-            content = io.BytesIO(file.numpy().tobytes())
-            image = _read(images, i, lambda _: decode(content))  # noqa: B023: called before the next content
+            image = _read(images, i, decode, io.BytesIO(file.numpy().tobytes()))
             decoded.append(torch.from_numpy(np.array(image)).permute(2, 0, 1).to(device))
     return decoded
 
