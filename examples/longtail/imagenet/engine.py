@@ -202,7 +202,7 @@ class Trainer:
 
     def _place(self, model: nn.Module) -> nn.Module:
         model.to(self.device)
-        if self.settings.channels_last:
+        if self.settings.channels_last and not self.settings.fsdp:  # FSDP2 shards contiguous parameters alone
             store_channels_last(model)
         if self.settings.sync_bn:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
