@@ -85,10 +85,11 @@ class Plan:
             raise ValueError(f"rank is {self.rank}; expected 0 .. {self.ranks - 1}, as there are {self.ranks} ranks")
         smallest = self.num_images // self.steps // self._parts
         if smallest < 2:
+            larger = f"a batch size of {4 * self._parts} or more, " if self.num_images >= 2 * self._parts else ""
             raise ValueError(
                 f"{self.num_images} images in steps of at most {self.batch_size}, each divided into {self.ranks} ranks "
                 f"x {self.accumulate} micro-batches, leave {smallest} images in some: batch normalisation needs 2. "
-                f"Use a batch size of {3 * self._parts} or more, fewer micro-batches or fewer processes."
+                f"Use {larger}fewer micro-batches or fewer processes."
             )
 
     @property
