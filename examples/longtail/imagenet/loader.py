@@ -297,13 +297,16 @@ class _Pipeline(Generic[T]):
         self._requests.items = requests
         start = time.perf_counter()
         answers = iter(self._loader)
-        for _ in requests:
-            answer = next(answers)
-            self.waited_seconds += time.perf_counter() - start
-            if isinstance(answer, BadImage):
-                raise answer
-            yield answer
-            start = time.perf_counter()
+        try:
+            for _ in requests:
+                answer = next(answers)
+                self.waited_seconds += time.perf_counter() - start
+                if isinstance(answer, BadImage):
+                    raise answer
+                yield answer
+                start = time.perf_counter()
+        finally:
+            del answers  # ends workers that are not persistent, even while a traceback keeps this frame
 
     def close(self) -> None:
         """End the workers."""
