@@ -8,6 +8,8 @@ from __future__ import annotations
 import gzip
 import io
 import multiprocessing
+import pickle
+import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -51,11 +53,11 @@ def write(path: Path, *lines: str) -> Path:
 @pytest.fixture
 def tree(tmp_path: Path) -> lists.ImageList:
     """Twenty-three images with structure, so that looks differ, and the list of them: line = place + 1."""
-    random = np.random.default_rng(0)
+    noise = np.random.default_rng(0)
     lines = []
     for i in range(23):
         label = (0, 0, 0, 1, 1, 2)[i % 6]
-        pixels = np.array(COLOURS[label]) + random.normal(0, 15, (40, 48, 3))
+        pixels = np.array(COLOURS[label]) + noise.normal(0, 15, (40, 48, 3))
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(tmp_path / f"{i}.jpg", quality=95)
         lines.append(f"{i}.jpg {label}")
     return lists.read_list(write(tmp_path / "train.txt", *lines), tmp_path)
@@ -611,6 +613,27 @@ def test_continuing_reads_nothing_of_earlier_steps(make_loader: MakeLoader, monk
     read.reset_mock()
     by_place(make_loader("glmc"), 0)
     assert read.call_count == 2 * 23  # an image is decoded once for its two looks
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_leave_the_global_generators_alone(make_loader: MakeLoader, workers: int) -> None:
+    one = make_loader(workers=workers)
+    torch.manual_seed(1)
+    before = torch.get_rng_state(), random.getstate(), str(np.random.get_state())  # noqa: NPY002
+    for epoch in range(2):
+        by_place(one, epoch)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (random.getstate(), str(np.random.get_state())) == before[1:]  # noqa: NPY002
+
+
+def test_spawned_workers_can_be_given_the_data(make_loader: MakeLoader) -> None:
+    """From Python 3.14 on, workers start from nothing and receive what they need pickled."""
+    one = make_loader()
+    request = loader._Request(0, 0, ((0, 1), (2, 2)))
+    expected, found = one._dataset[request], pickle.loads(pickle.dumps(one._dataset))[request]
+    assert isinstance(expected, loader.LoadedBatch)
+    assert len(expected.looks) == 4
+    assert all(torch.equal(a, b) for a, b in zip(found.looks, expected.looks, strict=True))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

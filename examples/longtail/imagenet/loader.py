@@ -284,6 +284,7 @@ class _Pipeline(Generic[T]):
             pin_memory=pin_memory,
             prefetch_factor=prefetch if workers else None,
             persistent_workers=persistent and workers > 0,
+            generator=torch.Generator(),  # or every epoch would move the global one on
         )
 
     def run(self, requests: Sequence[T]) -> Iterator[Any]:
