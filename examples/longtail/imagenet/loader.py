@@ -85,10 +85,11 @@ class Plan:
             raise ValueError(f"rank is {self.rank}; expected 0 .. {self.ranks - 1}, as there are {self.ranks} ranks")
         smallest = self.num_images // self.steps // self._parts
         if smallest < 2:
+            larger = f"a batch size of {4 * self._parts} or more, " if self.num_images >= 2 * self._parts else ""
             raise ValueError(
                 f"{self.num_images} images in steps of at most {self.batch_size}, each divided into {self.ranks} ranks "
                 f"x {self.accumulate} micro-batches, leave {smallest} images in some: batch normalisation needs 2. "
-                f"Use a batch size of {3 * self._parts} or more, fewer micro-batches or fewer processes."
+                f"Use {larger}fewer micro-batches or fewer processes."
             )
 
     @property
@@ -283,6 +284,7 @@ class _Pipeline(Generic[T]):
             pin_memory=pin_memory,
             prefetch_factor=prefetch if workers else None,
             persistent_workers=persistent and workers > 0,
+            generator=torch.Generator(),  # or every epoch would move the global one on
         )
 
     def run(self, requests: Sequence[T]) -> Iterator[Any]:
@@ -296,13 +298,16 @@ class _Pipeline(Generic[T]):
         self._requests.items = requests
         start = time.perf_counter()
         answers = iter(self._loader)
-        for _ in requests:
-            answer = next(answers)
-            self.waited_seconds += time.perf_counter() - start
-            if isinstance(answer, BadImage):
-                raise answer
-            yield answer
-            start = time.perf_counter()
+        try:
+            for _ in requests:
+                answer = next(answers)
+                self.waited_seconds += time.perf_counter() - start
+                if isinstance(answer, BadImage):
+                    raise answer
+                yield answer
+                start = time.perf_counter()
+        finally:
+            del answers  # ends workers that are not persistent, even while a traceback keeps this frame
 
     def close(self) -> None:
         """End the workers."""
