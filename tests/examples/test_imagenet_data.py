@@ -23,7 +23,7 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("torchvision", reason="torchvision is not installed: pip install -e '.[integrations]'")
+pytest.importorskip("torchvision", reason="torchvision is not installed: pip install -e '.[imagenet]'")
 
 from longtail.imagenet import images, lists, loader
 from PIL import Image, ImageFilter

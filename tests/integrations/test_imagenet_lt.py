@@ -19,7 +19,7 @@ from imagenet_ranks import COUNTS, EXAMPLES, SECONDS, Ranks, make_tree, options
 from packaging.version import Version
 from torch import Tensor
 
-pytest.importorskip("torchvision", reason="torchvision is not installed: pip install -e '.[integrations]'")
+pytest.importorskip("torchvision", reason="torchvision is not installed: pip install -e '.[imagenet]'")
 if not EXAMPLES.is_dir():
     pytest.skip("the examples are not beside the tests", allow_module_level=True)
 if str(EXAMPLES) not in sys.path:
