@@ -26,6 +26,9 @@ if str(EXAMPLES) not in sys.path:
     sys.path.insert(0, str(EXAMPLES))
 
 import imagenet_lt
+from longtail.baseline import Batch
+from longtail.etf_dr import EtfDotRegression
+from longtail.imagenet.engine import EpochDraws
 from longtail.imagenet.loader import Plan, TrainLoader
 
 METHODS = {
@@ -177,6 +180,52 @@ def test_two_processes_train_as_one_with_two_micro_batches(
     for a, b in zip(records(tmp_path / "one"), records(tmp_path / "two"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
         assert a["images"] == b["images"] == 36
+
+
+def test_micro_batches_are_balanced_by_the_classes_of_the_whole_batch(
+    command: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The counts that ETF-DR's energy sees of two micro-batches are those of both together, before mixing."""
+    seen: list[tuple[int, list[float]]] = []
+    whole = EtfDotRegression.energy
+
+    def recorded(self: EtfDotRegression, batch: Batch) -> Tensor:
+        assert batch.counts is not None
+        seen.append((len(batch), batch.counts.tolist()))
+        return whole(self, batch)
+
+    monkeypatch.setattr(EtfDotRegression, "energy", recorded)
+    assert train(command("run", "--method etf-dr --mixup 0.2 --accumulate 2 --epochs 1")) == 0
+    assert [size for size, _ in seen] == [6] * 6
+    assert [one for _, one in seen[::2]] == [one for _, one in seen[1::2]]
+    assert [sum(counts) for _, counts in seen] == [12] * 6
+    assert [sum(of_class) for of_class in zip(*(one for _, one in seen[::2]), strict=True)] == list(COUNTS)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_ranks_draw_of_an_epoch(ranks: int, command: Callable[..., list[str]]) -> None:
+    """Shares are equal on all ranks and depend on seed and epoch; partners stay within the micro-batch."""
+    settings = imagenet_lt.settings_from(imagenet_lt.build_parser().parse_args(command("run", "--mixup 0.2")))
+    labels, cpu = torch.arange(36) % 5, torch.device("cpu")
+
+    def draws(rank: int, epoch: int) -> EpochDraws:
+        return EpochDraws(settings, Plan(36, 12, ranks, rank, accumulate=2), epoch, labels, 5, cpu)
+
+    first, again, later = draws(0, 0), draws(ranks - 1, 0), draws(0, 1)
+    assert torch.equal(first.share_S, again.share_S)
+    assert not torch.equal(first.share_S, later.share_S)
+    assert (ranks == 1) == all(torch.equal(a, b) for a, b in zip(first.partners[0], again.partners[0], strict=True))
+    for step in first.partners:
+        assert [sorted(part.tolist()) for part in step] == [list(range(6 // ranks))] * 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("more", ["--amp bf16 --compile --method glmc", "--amp fp16", "--amp bf16 --method etf-dr"])
+def test_a_gpu_trains(more: str, command: Callable[..., list[str]], tmp_path: Path) -> None:
+    arguments = ("--device cuda --spareg 0.3 --epochs 2", more)
+    assert train([one for one in command("run", *arguments) if one != "--deterministic"]) == 0
+    assert len(records(tmp_path / "run")) == 2
 
 
 @pytest.mark.skipif(Version(torch.__version__) < Version("2.7"), reason="FSDP2 of torch 2.6 does not run on the CPU")
