@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -27,6 +28,7 @@ if str(EXAMPLES) not in sys.path:
 
 import imagenet_lt
 from longtail.baseline import Batch
+from longtail.ce import CrossEntropy
 from longtail.etf_dr import EtfDotRegression
 from longtail.imagenet.engine import EpochDraws
 from longtail.imagenet.loader import Plan, TrainLoader
@@ -217,6 +219,32 @@ def test_what_ranks_draw_of_an_epoch(ranks: int, command: Callable[..., list[str
     assert (ranks == 1) == all(torch.equal(a, b) for a, b in zip(first.partners[0], again.partners[0], strict=True))
     for step in first.partners:
         assert [sorted(part.tolist()) for part in step] == [list(range(6 // ranks))] * 2
+
+
+def test_every_strategy_acts_on_the_same_start_and_batches(
+    command: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Equal seeds give equal weights and images to all; each strategy then changes the classifier, in its own way."""
+    begun: list[list[Tensor]] = []
+    whole = CrossEntropy.step
+
+    def recorded(self: CrossEntropy, batch: Batch) -> Any:
+        begun[-1] += [batch.images.clone()] if begun[-1] else [batch.images.clone(), *self.model.state_dict().values()]
+        begun[-1] = [tensor.clone() for tensor in begun[-1]]
+        return whole(self, batch)
+
+    monkeypatch.setattr(CrossEntropy, "step", recorded)
+    ended: dict[str, Tensor] = {}
+    for strategy in ("", "--spareg 0.3", "--spaslerp", "--spaproj --gamma 0.1"):
+        begun.append([])
+        output = "run" + strategy.replace(" ", "")
+        assert train(command(output, strategy, "--epochs 2")) == 0
+        ended[strategy] = weights(tmp_path / output)["classifier.weight"]
+    for one in begun[1:]:
+        for a, b in zip(begun[0], one, strict=True):
+            assert torch.equal(a, b)
+    for a, b in itertools.combinations(ended.values(), 2):
+        assert not torch.equal(a, b)
 
 
 @pytest.mark.gpu
