@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -123,15 +124,22 @@ def test_two_processes_killed_and_resumed_end_as_one_that_was_not(
     assert set(weights(tmp_path / "one")) == set(weights(tmp_path / "whole"))
 
 
+@pytest.mark.parametrize("workers", [0, 1])
 def test_sigterm_to_one_process_saves_in_the_middle_of_an_epoch_and_ends_both(
-    command: Callable[..., list[str]], tmp_path: Path
+    workers: int, command: Callable[..., list[str]], tmp_path: Path
 ) -> None:
-    """Without periodic checkpoints: what is there to go on from is what the signal saved."""
-    arguments = ("--spareg 0.3", "--checkpoint-steps 0", "--epochs 6")
+    """Without periodic checkpoints: what is there to go on from is what the signal saved. Loader workers get it too."""
+    arguments = ("--spareg 0.3", "--checkpoint-steps 0", f"--epochs 6 --workers {workers}")
     assert Ranks(command("whole", *arguments)).wait() == [0, 0]
     ranks = Ranks(command("run", *arguments))
     ranks.until(lambda: (tmp_path / "run" / "metrics.jsonl").exists() and records(tmp_path / "run"))
-    ranks.processes[1].terminate()
+    listed = ["ps", "--ppid", str(ranks.processes[1].pid), "-o", "pid="]
+    children = subprocess.run(listed, capture_output=True, check=False, text=True).stdout.split()
+    assert len(children) >= workers
+    for pid in (*map(int, children), ranks.processes[1].pid):
+        assert pid is not None
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
     assert ranks.wait() == [0, 0]
     assert not (tmp_path / "run" / "result.json").exists()
     *_, newest = sorted((tmp_path / "run" / "checkpoints").iterdir())
