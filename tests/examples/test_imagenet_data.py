@@ -775,7 +775,10 @@ def test_synthetic_batches_look_like_real_ones(make_loader: MakeLoader, kind: im
         assert synthetic.waited_seconds == 0.0
         synthetic.close()
     assert np.bincount(labels).tolist() == counts
-    assert labels != sorted(labels)
+    assert synthetic.labels_N.tolist() == [0] * 12 + [1] * 8 + [2] * 3
+    own = [label for batch in next(iter(synthetic.epoch(0))) for label in batch.labels[0].tolist()]
+    places = [place for part in real.plan.parts(0) for place in part]
+    assert own == synthetic.labels_N[loader.EpochOrder(23).order(3, 0)[places]].tolist()
     with pytest.raises(ValueError, match="the plan is for 23 images, counts add up to 24"):
         loader.SyntheticLoader([12, 12], real.plan, seed=3, kind=kind, resolution=R, device=CPU)
 
