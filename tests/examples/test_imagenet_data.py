@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import itertools
 import multiprocessing
 import pickle
 import random
@@ -697,11 +698,12 @@ def test_close_ends_workers_in_the_middle_of_an_epoch(make_loader: MakeLoader) -
 @pytest.mark.parametrize("workers", [0, 1])
 def test_waiting_is_counted(make_loader: MakeLoader, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     one = make_loader("standard", workers=workers)
-    clock = iter(range(1000))
-    monkeypatch.setattr("time.perf_counter", lambda: float(next(clock)))
-    by_place(one, 0)
-    # The clock is read before and after each wait, so each of the three waits takes at least one of its ticks.
-    assert one.waited_seconds >= 3
+    clock = mock.Mock(side_effect=itertools.count().__next__)
+    monkeypatch.setattr("time.perf_counter", clock)
+    for _ in one.epoch(0):
+        clock.side_effect = itertools.count(clock() + 10_000).__next__  # the step takes its time
+    # The clock ticks when it is read, before and after each of the three waits; what the steps took is no waiting.
+    assert 3 <= one.waited_seconds < 10_000
     one.waited_seconds = 0.0
     assert one.waited_seconds == 0.0
 
@@ -773,7 +775,10 @@ def test_synthetic_batches_look_like_real_ones(make_loader: MakeLoader, kind: im
         assert synthetic.waited_seconds == 0.0
         synthetic.close()
     assert np.bincount(labels).tolist() == counts
-    assert labels != sorted(labels)
+    assert synthetic.labels_N.tolist() == [0] * 12 + [1] * 8 + [2] * 3
+    own = [label for batch in next(iter(synthetic.epoch(0))) for label in batch.labels[0].tolist()]
+    places = [place for part in real.plan.parts(0) for place in part]
+    assert own == synthetic.labels_N[loader.EpochOrder(23).order(3, 0)[places]].tolist()
     with pytest.raises(ValueError, match="the plan is for 23 images, counts add up to 24"):
         loader.SyntheticLoader([12, 12], real.plan, seed=3, kind=kind, resolution=R, device=CPU)
 
