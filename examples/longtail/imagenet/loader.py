@@ -9,6 +9,7 @@ Shapes: N images (of the list, or of a batch), R pixels a side, C classes.
 from __future__ import annotations
 
 import io
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -247,6 +248,14 @@ def _plain(file: bytes) -> bool:
         return False  # decoding it on the CPU will say what is wrong
 
 
+def _outlive_sigterm(worker: int) -> None:
+    """Leave SIGTERM, which schedulers send to every process, to the main process: it needs its workers until it saves.
+
+    Workers end when that one tells them to, or is gone.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def _same(batch: T) -> T:
     return batch
 
@@ -284,6 +293,7 @@ class _Pipeline(Generic[T]):
             pin_memory=pin_memory,
             prefetch_factor=prefetch if workers else None,
             persistent_workers=persistent and workers > 0,
+            worker_init_fn=_outlive_sigterm,
             generator=torch.Generator(),  # or every epoch would move the global one on
         )
 
