@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.util import Finalize
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
@@ -283,6 +284,7 @@ class _Pipeline(Generic[T]):
         self, dataset: Dataset[Any], *, workers: int, prefetch: int, persistent: bool, pin_memory: bool
     ) -> None:
         self.waited_seconds = 0.0
+        self._persistent = persistent and workers > 0
         self._requests: _Requests[T] = _Requests()
         self._loader: DataLoader[Any] | None = DataLoader(
             dataset,
@@ -292,10 +294,13 @@ class _Pipeline(Generic[T]):
             collate_fn=_same,
             pin_memory=pin_memory,
             prefetch_factor=prefetch if workers else None,
-            persistent_workers=persistent and workers > 0,
+            persistent_workers=self._persistent,
             worker_init_fn=_outlive_sigterm,
             generator=torch.Generator(),  # or every epoch would move the global one on
         )
+        self._running: list[Any] = []
+        # At exit, multiprocessing would send workers a SIGTERM and wait for them: before that, they are told to end.
+        self._end = Finalize(self, _end_workers, (self._running,), exitpriority=0)
 
     def run(self, requests: Sequence[T]) -> Iterator[Any]:
         """Yield the answers in order.
@@ -308,6 +313,7 @@ class _Pipeline(Generic[T]):
         self._requests.items = requests
         start = time.perf_counter()
         answers = iter(self._loader)
+        self._running[:] = [answers]
         try:
             for _ in requests:
                 answer = next(answers)
@@ -317,14 +323,21 @@ class _Pipeline(Generic[T]):
                 yield answer
                 start = time.perf_counter()
         finally:
-            del answers  # ends workers that are not persistent, even while a traceback keeps this frame
+            if not self._persistent:
+                _end_workers(self._running)
 
     def close(self) -> None:
         """End the workers."""
-        iterator = None if self._loader is None else self._loader._iterator
-        if iterator is not None and hasattr(iterator, "_shutdown_workers"):
-            iterator._shutdown_workers()  # dropping the loader would, but only once nothing refers to it
+        self._end()
         self._loader = None
+
+
+def _end_workers(running: list[Any]) -> None:
+    """End the workers of iterators; dropping these would, but only once nothing refers to them."""
+    while running:
+        iterator = running.pop()
+        if hasattr(iterator, "_shutdown_workers"):
+            iterator._shutdown_workers()
 
 
 def _ahead(
