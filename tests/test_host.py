@@ -298,3 +298,11 @@ def test_which_tensors_the_loss_takes() -> None:
     assert not host.can_align(p.w.to("meta"), p.mean.to("meta"), center.to("meta"))
     assert not host.can_align(torch.zeros(1 << 9, 1 << 8), torch.zeros(1 << 9, 1 << 8), torch.zeros(1 << 8))
     assert not host.can_align(torch.zeros(0, 4), torch.zeros(0, 4), torch.zeros(4))
+
+
+def test_a_weight_can_be_freed_after_the_loss_has_read_it() -> None:
+    """FSDP resizes the memory of gathered weights, which torch refuses once an array shares it (B3)."""
+    weight, mean, y = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4), torch.ones(3, dtype=torch.bool)
+    assert host.can_align(weight, mean, mean.mean(0))
+    spalign.functional.alignment_loss(weight, mean, y, center_D=mean.mean(0)).backward()
+    assert weight.untyped_storage().resizable()
