@@ -136,7 +136,7 @@ def gradients(net: nn.Module, name: str, world: int = 1) -> Results:
     """Return the gradient of each parameter; averaged over ``world`` ranks where nothing else has done so."""
     out: Results = {}
     for key, p in net.named_parameters():
-        grad = torch.zeros_like(p) if p.grad is None else gather(p.grad)
+        grad = gather(torch.zeros_like(p) if p.grad is None else p.grad)
         if world > 1:
             dist.all_reduce(grad)
             grad /= world
@@ -540,18 +540,21 @@ def sharded_validation(rank: int, world: int, folder: Path) -> Results:
     return out
 
 
+def _half_sharded(own_group: bool, world: int) -> Net:
+    net = Net(torch.float32)
+    if world > 1:
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
+        _fully_shard(net, own_group, world, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    return net
+
+
 @part(1, 2, sharded=True)
 def mixed_precision(rank: int, world: int, folder: Path) -> Results:
     """B2, B7: the gathered weight is bfloat16, the one to rotate is the float32 one that is kept."""
     out: Results = {}
     for own_group in (False, True):
-        net = Net(torch.float32)
-        options: dict[str, Any] = {}
-        if world > 1:
-            from torch.distributed.fsdp import MixedPrecisionPolicy
-
-            options = {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16)}
-        _fully_shard(net, own_group, world, **options)
+        net = _half_sharded(own_group, world)
         tracker = spalign.ClassMeanTracker(C, D)
         h, y = (share(t, rank, world) for t in batch(1, D, torch.float32))
         tracker.update(h, y)
@@ -563,6 +566,35 @@ def mixed_precision(rank: int, world: int, folder: Path) -> Results:
         after = gather(net.fc.weight)
         out[f"float32 mixed {own_group} weight"] = after
         out[f"float32 mixed {own_group} kept rows"] = (after == before).all(1)
+    return out
+
+
+@part(1, 2, sharded=True)
+def mixed_precision_training(rank: int, world: int, folder: Path) -> Results:
+    """B3, B7: loss and projection where forward and backward go through bfloat16 copies of float32 weights."""
+    out: Results = {}
+    for own_group in (False, True):
+        name = f"half {own_group}"
+        net = _half_sharded(own_group, world)
+        spareg = make_term(net, torch.float32)
+        optimizer = spalign.SpAProj(torch.optim.SGD(net.parameters(), lr=0.3), net.fc, spareg.tracker, gamma=0.3)
+        for step in range(2):
+            x, y = (share(t, rank, world, "uneven") for t in batch(step, dtype=torch.float32))
+            optimizer.zero_grad()
+            h, logits = net(x)
+            assert h.dtype is (torch.bfloat16 if world > 1 else torch.float32)
+            term = spareg(h, y)
+            if step == 0:  # the term alone
+                term.backward()
+                out |= gradients(net, f"{name} term")
+                optimizer.zero_grad()
+                continue
+            (main_loss(logits.float(), y, world) + 0.5 * term).backward()
+            out |= gradients(net, name)
+            out |= {f"{name} rows": gather(net.fc.weight)} | state(spareg.tracker, name)
+            optimizer.step()
+            assert net.fc.weight.grad is not None
+            out |= {f"{name} projected": gather(net.fc.weight.grad), f"{name} stepped": gather(net.fc.weight)}
     return out
 
 

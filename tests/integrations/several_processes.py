@@ -15,6 +15,7 @@ from typing import Any
 import integration_scripts as scripts
 import torch
 from torch import nn
+from torch.multiprocessing.spawn import start_processes
 from torch.utils.data import DataLoader, TensorDataset
 
 import spalign
@@ -96,4 +97,5 @@ if __name__ == "__main__":
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        torch.multiprocessing.start_processes(launched, (name, folder, port), WORLD, start_method="fork")
+        start: Any = start_processes
+        start(launched, (name, folder, port), WORLD, start_method="fork")
