@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from interop.optimizer_runs import CLASSES, GAMMA, ROWS, Mode, Row, Run, close, far, keys, refusal, same
+from interop.optimizer_runs import CLASSES, GAMMA, ROUNDING, ROWS, Mode, Row, Run, close, far, keys, refusal, same
 from problems import same_state, state_of
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
@@ -312,6 +312,48 @@ def test_a_scaler_that_steps_the_wrapped_optimizer_equals_the_unscaled_run(name:
     scaled_backward(scaled, scaler, 5, torch.inf)
     scaler.step(scaled.inner)
     assert same(scaled.weights(), before)
+
+
+class Watched(spalign.SpAProj):
+    """Writes down what it is asked for, by name."""
+
+    asked: list[str]
+
+    def __getattribute__(self, name: str) -> Any:
+        found = super().__getattribute__(name)
+        if not name.startswith("__"):
+            vars(self).setdefault("asked", []).append(name)
+        return found
+
+
+def test_unscaling_one_object_and_stepping_another_shows_the_stepped_one_nothing() -> None:
+    """A6: gradients are unscaled twice, and the pitfall's "detect the mixed case where possible" is wrong: never.
+
+    The scaler keeps what it has unscaled in a table of its own, by ``id``, and writes nothing on the optimizer that it
+    unscales. Of the other one it asks for the same in the same order as of one that nobody has unscaled, and small
+    gradients are no sign either. Should a scaler tell its optimizers more one day, this fails, and they can be asked.
+    """
+    runs: list[tuple[Run, list[str]]] = []
+    for mixed in (False, True):
+        s = Run(CLASSES["SGD"], "plain")
+        facade = Watched(s.inner, s.fc, s.tracker, gamma=GAMMA)
+        scaler = torch.amp.GradScaler("cpu", init_scale=65536.0)
+        scaled_backward(s, scaler, 0)
+        held = {name: copy.copy(value) for name, value in vars(s.inner).items()}
+        if mixed:
+            scaler.unscale_(s.inner)
+        assert vars(s.inner) == held
+        facade.asked.clear()
+        scaler.step(facade)
+        runs.append((s, list(facade.asked)))
+    (once, asked), (twice, asked_mixed) = runs
+    assert asked == asked_mixed
+    assert "_step_supports_amp_scaling" in asked
+    for a, b in zip(once.model.parameters(), twice.model.parameters(), strict=True):
+        assert a.grad is not None
+        assert b.grad is not None
+        # A power of two, and the projection is homogeneous up to a rounding.
+        torch.testing.assert_close(b.grad * 65536.0, a.grad, **ROUNDING)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
