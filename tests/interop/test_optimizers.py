@@ -542,8 +542,8 @@ def test_compiled_step_equals_eager_and_compiles_once(name: str, how: str) -> No
     # A graph more is fine, for the hook; a number in it that changes would be compiled again at the second step.
     assert [n - frames[0] for n in frames] == [n - plain[0] for n in plain], "compiled again no more often than plain"
     for a, b in zip(s.weights(), eager.weights(), strict=True):
-        # Compiled, Adam takes powers of its decay rates in float32.
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        # Bit-equal, but for a rounding in torch 2.6; and compiled, Adam takes powers of its decay rates in float32.
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5 if "Adam" in name else 1e-15)
 
 
 class CountsInADict(spalign.SpAProj):
