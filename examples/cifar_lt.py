@@ -23,13 +23,13 @@ from longtail.alignment import AlignmentOptions
 from longtail.data import ARCHIVES, download
 from longtail.engine import Trainer, TrainingError
 from longtail.methods import METHODS, MethodOptions
+from longtail.options import add_alignment_options, add_method_options
 from longtail.recipes import RECIPES, SCHEDULES, Recipe, get_recipe, small_recipe
 from longtail.settings import Settings
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    defaults = AlignmentOptions()
 
     data = parser.add_argument_group("data")
     data.add_argument(
@@ -73,36 +73,13 @@ def build_parser() -> argparse.ArgumentParser:
     method.add_argument(
         "--frozen-head", action="store_true", help="ce: never train the classifier, as ETF-DR's CIFAR code"
     )
-    method.add_argument(
-        "--class-counts",
-        choices=("batch", "global", "none"),
-        help="arb (default global; published for CIFAR: batch), etf-dr (default batch): what the loss is balanced by",
-    )
-    method.add_argument("--clamp-logits", type=float, default=0.0, metavar="Z", help="arb: published 30; 0 for none")
-    method.add_argument(
-        "--unadjusted-cutmix", action="store_true", help="glmc: label by lambda where the box was clipped, as published"
-    )
-    method.add_argument("--resample", type=float, metavar="R", help="glmc: loader B draws class c by n_c^(1 - R)")
-    method.add_argument("--label-weighting", type=float, metavar="L", help="glmc: class weights go by n_c^-L")
-    method.add_argument("--contrast", type=float, metavar="K", help="glmc: weight of the agreement term")
-    method.add_argument(
-        "--aligned-head", choices=("rebalanced", "conventional"), default="rebalanced", help="glmc: default %(default)s"
-    )
+    add_method_options(method)
     method.add_argument(
         "--moving-statistics", action="store_true", help="glmc-maxnorm: batch norm adapts, as published"
     )
     method.add_argument("--first-stage", type=Path, metavar="DIR", help="glmc-maxnorm: output folder of a GLMC run")
 
-    spa = parser.add_argument_group("alignment", "any combination; the hyper-parameters' defaults are ours")
-    spa.add_argument("--spareg", type=float, default=0.0, metavar="LAMBDA", help="add SpA-Reg with this weight")
-    spa.add_argument("--spareg-align", choices=("both", "classifier", "features"), default=defaults.spareg_align)
-    spa.add_argument("--spaslerp", action="store_true", help="rotate the classifier once per epoch (SpA-SLERP)")
-    spa.add_argument("--alpha-max", type=float, default=defaults.alpha_max, help="default %(default)s")
-    spa.add_argument("--threshold", type=float, default=defaults.threshold, help="cosine, default %(default)s")
-    spa.add_argument("--spaproj", action="store_true", help="project the classifier's gradient (SpA-Proj)")
-    spa.add_argument("--gamma", type=float, default=defaults.gamma, help="default %(default)s")
-    spa.add_argument("--radial", choices=("paper", "keep"), default=defaults.radial, help="default %(default)s")
-    spa.add_argument("--momentum", type=float, default=defaults.momentum, help="of class means, default %(default)s")
+    add_alignment_options(parser)
 
     run = parser.add_argument_group("run")
     run.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation (default 0)")

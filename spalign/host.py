@@ -189,7 +189,7 @@ def alignment_terms(
     """
     if center_D is None or (rate_N is not None and labels_N is None) or not seen_C.numpy().all():
         return None
-    # A copy: memory that numpy has seen cannot be freed by FSDP, whose gathered weights come and go.
+    # A copy: what numpy has looked at can no longer be resized, and FSDP2 frees gathered parameters by that.
     w_CD, mean, center = weight_CD.detach().clone().numpy(), mean_CD.numpy(), center_D.numpy()
     info = _INFO[weight_CD.dtype]
     d_CD = mean - center

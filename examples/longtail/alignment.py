@@ -49,19 +49,29 @@ class Alignment:
 
     The class means are tracked whether or not a strategy is on, so that alignment is measured alike in every run; this
     changes nothing in the training of a plain baseline.
+
+    Args:
+        classifier: the head to align.
+        options: the strategies.
+        epochs: of the whole run.
+        batch_size: of several ranks, the largest batch that one of them feeds at once, if known: they exchange less.
     """
 
-    def __init__(self, classifier: nn.Module, options: AlignmentOptions, *, epochs: int) -> None:
-        self.classifier = classifier
+    def __init__(
+        self, classifier: nn.Module, options: AlignmentOptions, *, epochs: int, batch_size: int | None = None
+    ) -> None:
+        self.classifier = spalign.Classifier(classifier)
         self.options = options
-        self.tracker = spalign.ClassMeanTracker.for_classifier(classifier, momentum=options.momentum)
+        self.tracker = spalign.ClassMeanTracker.for_classifier(
+            self.classifier, momentum=options.momentum, batch_size=batch_size
+        )
         self.spareg: spalign.SpARegLoss | None = None
         self.slerp: spalign.SpASlerp | None = None
         if options.spareg:
-            self.spareg = spalign.SpARegLoss(classifier, self.tracker, align=options.spareg_align)
+            self.spareg = spalign.SpARegLoss(self.classifier, self.tracker, align=options.spareg_align)
         if options.spaslerp:
             self.slerp = spalign.SpASlerp(
-                classifier,
+                self.classifier,
                 self.tracker,
                 total_steps=epochs,
                 alpha_max=options.alpha_max,
@@ -106,9 +116,8 @@ class Alignment:
             tracker: read these class means instead of the running ones.
         """
         tracker = tracker or self.tracker
-        weight_CD = self.classifier.weight
-        assert isinstance(weight_CD, Tensor)
-        return spalign.functional.alignment(weight_CD.detach(), tracker.mean, tracker.seen), tracker.seen
+        weight_CD = self.classifier.rows().detach()
+        return spalign.functional.alignment(weight_CD, tracker.mean, tracker.seen), tracker.seen
 
     def state_dict(self) -> dict[str, Any]:
         return {

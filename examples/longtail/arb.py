@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .baseline import batch_counts
+from .baseline import Batch, batch_counts
 from .ce import CrossEntropy
 from .networks import LinearNet
 
@@ -55,6 +55,6 @@ class AttractionRepulsionBalanced(CrossEntropy):
         device = self.classifier.weight.device
         self.counts_C = None if counts is None else torch.tensor(counts, dtype=torch.float32, device=device)
 
-    def loss(self, logits_NC: Tensor, targets: Tensor) -> Tensor:
-        counts_C = batch_counts(targets, logits_NC.shape[1]) if self.counts_C is None else self.counts_C
-        return balanced_softmax(logits_NC, targets, counts_C, clamp=self.clamp)
+    def loss(self, logits_NC: Tensor, batch: Batch) -> Tensor:
+        counts_C = batch_counts(batch, logits_NC.shape[1]) if self.counts_C is None else self.counts_C
+        return balanced_softmax(logits_NC, batch.targets, counts_C, clamp=self.clamp)

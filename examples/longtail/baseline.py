@@ -17,12 +17,15 @@ from torch import Tensor, nn
 class Batch:
     """Augmented images (N, 3, R, R) float32 with class indices (N,) int64 or soft labels (N, C) float32.
 
-    Methods that look at every image twice have the other look in `second`, with labels of its own.
+    Methods that look at every image twice have the other look in `second`, with labels of its own. `counts`, (C,)
+    float32, are the images per class of the whole batch that this is a part of, before mixing; None if this is the
+    whole batch.
     """
 
     images: Tensor
     targets: Tensor
     second: Batch | None = None
+    counts: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -32,7 +35,7 @@ class Batch:
         if parts == 1:
             return [self]
         pairs = zip(self.images.chunk(parts), self.targets.chunk(parts), strict=True)
-        split = [Batch(images, targets) for images, targets in pairs]
+        split = [replace(self, images=images, targets=targets) for images, targets in pairs]
         if self.second is None:
             return split
         return [replace(one, second=other) for one, other in zip(split, self.second.split(parts), strict=True)]
@@ -80,11 +83,14 @@ class Baseline(ABC):
         """Act on the model after an epoch of training, before it is evaluated."""
 
 
-def batch_counts(targets: Tensor, num_classes: int) -> Tensor:
+def batch_counts(batch: Batch, num_classes: int) -> Tensor:
     """Return how often each class occurs in a batch, (C,) float32; of mixed labels, in what they were mixed from.
 
     Partners are a permutation of the batch, so the columns of the soft labels add up to the counts before mixing.
     """
+    if batch.counts is not None:
+        return batch.counts
+    targets = batch.targets
     if targets.ndim == 2:
         return targets.sum(0, dtype=torch.float32)
     counts_C = torch.zeros(num_classes, device=targets.device)

@@ -28,13 +28,13 @@ class CrossEntropy(Baseline):
         if frozen_head:
             self.classifier.requires_grad_(False)
 
-    def loss(self, logits_NC: Tensor, targets: Tensor) -> Tensor:
-        """Return the mean loss of logits (N, C) float32 and class indices (N,) or soft labels (N, C)."""
-        return F.cross_entropy(logits_NC, targets)
+    def loss(self, logits_NC: Tensor, batch: Batch) -> Tensor:
+        """Return the mean loss of a batch with logits (N, C) float32."""
+        return F.cross_entropy(logits_NC, batch.targets)
 
     def step(self, batch: Batch) -> Step:
         logits_NC, features_ND = self.predict(batch.images)
-        return Step(self.loss(logits_NC.float(), batch.targets), logits_NC, features_ND, batch.targets)
+        return Step(self.loss(logits_NC.float(), batch), logits_NC, features_ND, batch.targets)
 
     def predict(self, images: Tensor) -> tuple[Tensor, Tensor]:
         features_ND = self.model.forward_features(images)

@@ -26,7 +26,7 @@ from .data import MEAN, STD, Images, Labels, find_folder, load_dataset
 from .methods import build
 from .recipes import Schedule
 from .reporting import Figures, Reporter, accuracy_figures, closing_table, group_means, write_result
-from .settings import Settings, check_same
+from .settings import Settings, check_same, torch_device
 from .step import TrainingStep
 
 AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -55,7 +55,7 @@ class Trainer:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         recipe = settings.recipe
-        self.device = settings.torch_device()
+        self.device = torch_device(settings.device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # a CUDA graph is captured on the current device
         if settings.threads is not None:
@@ -163,7 +163,7 @@ class Trainer:
             return None
         result = self._result()
         write_result(self.folder / "result.json", result)
-        self.reporter.note(closing_table(result))
+        self.reporter.note(summary(result))
         return result
 
     def _run_epoch(self) -> None:
@@ -191,7 +191,7 @@ class Trainer:
         baseline.begin_epoch(self.epoch)
         rates = [self.schedule(self.epoch, step, steps) for step in range(steps)]
         training.begin_epoch(self.batches.draw(self.generator), rates)
-        for step in self.reporter.steps(range(steps), steps, self.epoch):
+        for step in self.reporter.steps(range(steps), self.epoch):
             training(step)
         images = len(self.batches)
         loss_mean, penalty_mean = float(training.loss_sum) / images, float(training.penalty_sum) / images
@@ -317,6 +317,22 @@ class Trainer:
             "data_fingerprint": self.data.fingerprint,
             "environment": self.environment,
         }
+
+
+def summary(result: dict[str, Any]) -> str:
+    """Format a result: the last epoch first, the best epoch only beside it."""
+    name, best = " + ".join([result["method"], *result["strategies"]]), result["accuracy_best"]
+    table = closing_table(
+        f"{result['dataset']}, imbalance {result['imbalance']:g}, {name}, seed {result['seed']}, "
+        f"{result['epochs']} epochs, {result['seconds']:.0f} s",
+        [
+            (f"{result['evaluated_on']} accuracy, last epoch", result["accuracy_last"], ".2f"),
+            ("alignment, running means", result["alignment"], ".4f"),
+            ("alignment, exact means", result["alignment_exact"], ".4f"),
+        ],
+        f"best {best['balanced']:.2f}, epoch {best['epoch']}",
+    )
+    return f"{table}\ntraining accuracy, no augmentation: {result['train_accuracy']:.2f}"
 
 
 def environment(device: torch.device) -> dict[str, Any]:

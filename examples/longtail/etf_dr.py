@@ -123,21 +123,20 @@ class EtfDotRegression(Baseline):
             counts_C = torch.tensor(counts, dtype=torch.float32, device=device)
             self.energy_C = counts_C.mean() / counts_C  # 1 on average over the images
 
-    def energy(self, targets: Tensor) -> Tensor:
+    def energy(self, batch: Batch) -> Tensor:
         """Return E_W by class, (C,): for a balanced batch N / (classes present * n_c)."""
         if not self.balance_batch:
             return self.energy_C
-        counts_C = batch_counts(targets, self.num_classes)
+        counts_C = batch_counts(batch, self.num_classes)
+        size = len(batch) if batch.counts is None else counts_C.sum()
         present_C = (counts_C > 0).float()
-        return present_C * len(targets) / (present_C.sum() * counts_C.clamp(min=torch.finfo(torch.float32).tiny))
+        return present_C * size / (present_C.sum() * counts_C.clamp(min=torch.finfo(torch.float32).tiny))
 
     def step(self, batch: Batch) -> Step:
         logits_NC, embedded_ND = self.predict(batch.images)
         # Squares of small differences: not a matter for half precision.
         with torch.autocast(embedded_ND.device.type, enabled=False):
-            loss = dot_regression(
-                embedded_ND.float(), self.classifier.weight, batch.targets, self.energy(batch.targets)
-            )
+            loss = dot_regression(embedded_ND.float(), self.classifier.weight, batch.targets, self.energy(batch))
             if self.length_penalty:
                 loss = loss + self.length_penalty * embedded_ND.float().norm(dim=1).mean()
         return Step(loss, logits_NC, embedded_ND, batch.targets)

@@ -96,7 +96,8 @@ class Schedule:
     `step`: constant within an epoch; epoch e = 1, 2, ... of the warm-up uses lr * e / warmup_epochs, and the factor of
     a milestone applies after that many epochs. `cosine`: changes with every step; linear from 0 during the warm-up,
     then half a cosine down to 0 at the end. `epoch-cosine`: the same half cosine, constant within an epoch, from lr in
-    the first one; no warm-up.
+    the first one after the warm-up, which is that of `step`. `glmc-published`: as GLMC's ImageNet code, which sets the
+    rate after each epoch.
     """
 
     lr: float
@@ -107,16 +108,23 @@ class Schedule:
 
     def __call__(self, epoch: int, step: int = 0, steps_per_epoch: int = 1) -> float:
         """Return the learning rate of 0-based `step` in 0-based `epoch`."""
+        if self.kind == "glmc-published":
+            after = epoch - 1  # the epoch that the rate was set after; before the first, nobody set it
+            if after <= self.warmup_epochs:
+                return self.lr * (epoch / self.warmup_epochs if epoch else 1.0)
+            progress = (after - self.warmup_epochs + 1) / (self.epochs - self.warmup_epochs + 1)
+            return self.lr * 0.5 * (1 + math.cos(math.pi * progress))
+        if self.kind != "cosine" and epoch < self.warmup_epochs:
+            return self.lr * (epoch + 1) / self.warmup_epochs
         if self.kind == "step":
-            if epoch < self.warmup_epochs:
-                return self.lr * (epoch + 1) / self.warmup_epochs
             factor = 1.0
             for after, value in self.milestones:
                 if epoch * 200 >= after * self.epochs:
                     factor = value
             return self.lr * factor
         if self.kind == "epoch-cosine":
-            return self.lr * 0.5 * (1 + math.cos(math.pi * epoch / self.epochs))
+            progress = (epoch - self.warmup_epochs) / (self.epochs - self.warmup_epochs)
+            return self.lr * 0.5 * (1 + math.cos(math.pi * progress))
         done = epoch + (step + 1) / steps_per_epoch
         if done <= self.warmup_epochs:
             return self.lr * done / self.warmup_epochs

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
 
 from .checkpoint import write_atomically
 
-T = TypeVar("T")
 Groups = Mapping[str, Sequence[int]]
 Figures = dict[str, float | None]
 
@@ -70,11 +69,18 @@ class Reporter:
             # What an interrupted run wrote after its last checkpoint is purged.
             self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_epoch + 1)
 
-    def steps(self, batches: Iterable[T], total: int, epoch: int) -> Iterator[T]:
-        """Pass the batches through, moving a progress bar where there is a terminal."""
-        disable = True if self.quiet else None  # None: only where stderr is a terminal
-        label = f"epoch {epoch + 1}/{self.epochs}"
-        return iter(tqdm(batches, label, total, leave=False, disable=disable, mininterval=0.5, dynamic_ncols=True))
+    def steps(self, steps: range, epoch: int) -> tqdm[int]:
+        """Return the remaining steps of an epoch behind a progress bar, which shows where there is a terminal."""
+        return tqdm(
+            steps,
+            f"epoch {epoch + 1}/{self.epochs}",
+            total=steps.stop,
+            initial=steps.start,
+            leave=False,
+            disable=True if self.quiet else None,  # None: only where stderr is a terminal
+            mininterval=0.5,
+            dynamic_ncols=True,
+        )
 
     def epoch(self, record: Mapping[str, Any]) -> None:
         """Write one epoch's record, whole or not at all as far as a reader is concerned."""
@@ -138,21 +144,15 @@ def write_result(path: Path, result: Mapping[str, Any]) -> None:
     write_atomically(path, lambda file: file.write((json.dumps(result, indent=2) + "\n").encode()))
 
 
-def closing_table(result: Mapping[str, Any]) -> str:
-    """Format a result: the last epoch first, the best epoch only beside it."""
-    name = " + ".join([result["method"], *result["strategies"]])
-    best = result["accuracy_best"]
-    lines = [
-        f"{result['dataset']}, imbalance {result['imbalance']:g}, {name}, seed {result['seed']}, "
-        f"{result['epochs']} epochs, {result['seconds']:.0f} s",
-        f"{'':32}{'all':>8}{'many':>8}{'medium':>8}{'few':>8}",
-    ]
-    for label, key, form in (
-        (f"{result['evaluated_on']} accuracy, last epoch", "accuracy_last", ".2f"),
-        ("alignment, running means", "alignment", ".4f"),
-        ("alignment, exact means", "alignment_exact", ".4f"),
-    ):
-        lines.append(f"{label:32}" + "".join(f"{cell:>8}" for cell in cells(result[key], form)))
-    lines[2] += f"   (best {best['balanced']:.2f}, epoch {best['epoch']})"
-    lines.append(f"training accuracy, no augmentation: {result['train_accuracy']:.2f}")
+def closing_table(title: str, rows: Sequence[tuple[str, Figures, str]], best: str) -> str:
+    """Format what a run ended with.
+
+    Args:
+        title: the first line.
+        rows: label, figures and format of each; the first is the accuracy of the last epoch.
+        best: of the best epoch, put beside that.
+    """
+    lines = [title, f"{'':32}{'all':>8}{'many':>8}{'medium':>8}{'few':>8}"]
+    lines += [f"{label:32}" + "".join(f"{cell:>8}" for cell in cells(figures, form)) for label, figures, form in rows]
+    lines[2] += f"   ({best})"
     return "\n".join(lines)

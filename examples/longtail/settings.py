@@ -87,64 +87,41 @@ class Settings:
 
     def __post_init__(self) -> None:
         recipe, alignment = self.recipe, self.alignment
-        _check("dataset", self.dataset, self.dataset in ARCHIVES, f"one of {', '.join(ARCHIVES)}")
-        _check("imbalance", self.imbalance, 1 <= self.imbalance < math.inf, "1 or more")
-        _check("subset-seed", self.subset_seed, 0 <= self.subset_seed < 2**32, "0 .. 2^32 - 1")
-        _check("seed", self.seed, 0 <= self.seed < 2**63, "0 or more")
-        _check("validation", self.validation, self.validation >= 0, "a number of images per class, or 0")
-        _check("epochs", recipe.epochs, recipe.epochs >= 1, "1 or more")
-        _check("batch-size", recipe.batch_size, recipe.batch_size >= 2, "2 or more, for batch normalisation")
-        _check("lr", recipe.lr, 0 < recipe.lr < math.inf, "more than 0")
-        _check("weight-decay", recipe.weight_decay, 0 <= recipe.weight_decay < math.inf, "0 or more")
-        _check("schedule", recipe.schedule, recipe.schedule in SCHEDULES, ", ".join(SCHEDULES))
-        _check(
+        check("dataset", self.dataset, self.dataset in ARCHIVES, f"one of {', '.join(ARCHIVES)}")
+        check("imbalance", self.imbalance, 1 <= self.imbalance < math.inf, "1 or more")
+        check("subset-seed", self.subset_seed, 0 <= self.subset_seed < 2**32, "0 .. 2^32 - 1")
+        check("seed", self.seed, 0 <= self.seed < 2**63, "0 or more")
+        check("validation", self.validation, self.validation >= 0, "a number of images per class, or 0")
+        check("epochs", recipe.epochs, recipe.epochs >= 1, "1 or more")
+        check("batch-size", recipe.batch_size, recipe.batch_size >= 2, "2 or more, for batch normalisation")
+        check("lr", recipe.lr, 0 < recipe.lr < math.inf, "more than 0")
+        check("weight-decay", recipe.weight_decay, 0 <= recipe.weight_decay < math.inf, "0 or more")
+        check("schedule", recipe.schedule, recipe.schedule in SCHEDULES, ", ".join(SCHEDULES))
+        check(
             "warmup-epochs",
             recipe.warmup_epochs,
             0 <= recipe.warmup_epochs < recipe.epochs,
             f"0 or more and less than the {recipe.epochs} epochs",
         )
-        _check("mixup", recipe.mixup, 0 <= recipe.mixup < math.inf, "alpha of Beta(alpha, alpha), or 0")
-        _check("clip-norm", self.clip_norm, 0 <= self.clip_norm < math.inf, "more than 0, or 0 for no clipping")
+        check("mixup", recipe.mixup, 0 <= recipe.mixup < math.inf, "alpha of Beta(alpha, alpha), or 0")
+        check("clip-norm", self.clip_norm, 0 <= self.clip_norm < math.inf, "more than 0, or 0 for no clipping")
         good = 1 <= self.accumulate <= recipe.batch_size
-        _check("accumulate", self.accumulate, good, f"1 to the batch size, {recipe.batch_size}")
-        _check("amp", self.amp, self.amp in ("off", "bf16", "fp16"), "off, bf16 or fp16")
-        _check("threads", self.threads, self.threads is None or self.threads >= 1, "1 or more")
+        check("accumulate", self.accumulate, good, f"1 to the batch size, {recipe.batch_size}")
+        check("amp", self.amp, self.amp in ("off", "bf16", "fp16"), "off, bf16 or fp16")
+        check("threads", self.threads, self.threads is None or self.threads >= 1, "1 or more")
         stop = self.stop_after_epochs
-        _check("stop-after-epochs", stop, stop is None or stop >= 1, "1 or more")
-        _check("spareg", alignment.spareg, math.isfinite(alignment.spareg), "a finite weight, or 0 for none")
-        sides = ("both", "classifier", "features")
-        _check("spareg-align", alignment.spareg_align, alignment.spareg_align in sides, ", ".join(sides))
-        _check("alpha-max", alignment.alpha_max, 0 <= alignment.alpha_max <= 1, "0 .. 1")
-        _check("threshold", alignment.threshold, -1 <= alignment.threshold <= 1, "a cosine, -1 .. 1")
-        _check("gamma", alignment.gamma, 0 <= alignment.gamma <= 1, "0 .. 1")
-        _check("radial", alignment.radial, alignment.radial in ("paper", "keep"), "paper or keep")
-        _check("momentum", alignment.momentum, 0 < alignment.momentum <= 1, "more than 0, at most 1")
+        check("stop-after-epochs", stop, stop is None or stop >= 1, "1 or more")
+        check_alignment(alignment)
         check_options(self.method, self.method_options)
         options = self.method_options
-        for name in ("resample", "label_weighting", "contrast", "clamp_logits"):
-            value = getattr(options, name)
-            good = value is None or 0 <= value < math.inf
-            _check(name.replace("_", "-"), value, good, "0 or more")
+        check_numbers(options)
         fixed = "--frozen-head fixes the classifier" if options.frozen_head else METHODS[self.method].fixed_head
-        if fixed:
-            if alignment.spaslerp or alignment.spaproj:
-                raise ValueError(
-                    f"--spaslerp and --spaproj turn the classifier, but {fixed}: use --spareg, which then pulls the "
-                    "features"
-                )
-            if alignment.spareg and alignment.spareg_align == "classifier":
-                raise ValueError(
-                    f"--spareg-align classifier has nothing to pull, because {fixed}: use --spareg-align features"
-                )
+        check_fixed_head(alignment, fixed)
         if self.capture and self.amp == "fp16":
             raise ValueError("--capture cannot wait to see whether scaled gradients are finite: use --amp bf16 or off")
         if recipe.mixup and self.method in ("glmc", "glmc-maxnorm"):
             raise ValueError(
                 f"--mixup {recipe.mixup} is not for {self.method}, which mixes by itself or not at all: use 0"
-            )
-        if recipe.schedule == "epoch-cosine" and recipe.warmup_epochs:
-            raise ValueError(
-                f"--warmup-epochs {recipe.warmup_epochs}: epoch-cosine has none; use 0 or --schedule cosine"
             )
         by_batch = self.method == "etf-dr" and options.class_counts in (None, "batch")
         if self.accumulate > 1 and (by_batch or options.class_counts == "batch"):
@@ -166,21 +143,22 @@ class Settings:
         options["recipe"] = options.pop("recipe_name")
         return {name.replace("_", "-"): value for name, value in {**options, **recipe, **alignment, **method}.items()}
 
-    def torch_device(self) -> torch.device:
-        """Return the device to use.
 
-        Raises:
-            ValueError: there is no such device here.
-        """
-        if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            device = torch.device(self.device)
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"device is {self.device!r}, which cannot be used here ({reason}); try cpu") from error
-        return device
+def torch_device(name: str) -> torch.device:
+    """Return the device of an option: `auto`, `cpu`, `cuda` or `cuda:1`.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device is {name!r}, which cannot be used here ({reason}); try cpu") from error
+    return device
 
 
 def check_same(now: Mapping[str, Any], before: Mapping[str, Any]) -> None:
@@ -201,6 +179,50 @@ def check_same(now: Mapping[str, Any], before: Mapping[str, Any]) -> None:
         )
 
 
-def _check(name: str, value: object, good: bool, expected: str) -> None:
+def check_alignment(alignment: AlignmentOptions) -> None:
+    """Check the strategies' hyper-parameters.
+
+    Raises:
+        ValueError: one is out of range.
+    """
+    check("spareg", alignment.spareg, math.isfinite(alignment.spareg), "a finite weight, or 0 for none")
+    sides = ("both", "classifier", "features")
+    check("spareg-align", alignment.spareg_align, alignment.spareg_align in sides, ", ".join(sides))
+    check("alpha-max", alignment.alpha_max, 0 <= alignment.alpha_max <= 1, "0 .. 1")
+    check("threshold", alignment.threshold, -1 <= alignment.threshold <= 1, "a cosine, -1 .. 1")
+    check("gamma", alignment.gamma, 0 <= alignment.gamma <= 1, "0 .. 1")
+    check("radial", alignment.radial, alignment.radial in ("paper", "keep"), "paper or keep")
+    check("momentum", alignment.momentum, 0 < alignment.momentum <= 1, "more than 0, at most 1")
+
+
+def check_fixed_head(alignment: AlignmentOptions, fixed: str) -> None:
+    """Check that the strategies can act on a classifier; `fixed` says why it does not move, or is empty.
+
+    Raises:
+        ValueError: one cannot.
+    """
+    if not fixed:
+        return
+    if alignment.spaslerp or alignment.spaproj:
+        raise ValueError(
+            f"--spaslerp and --spaproj turn the classifier, but {fixed}: use --spareg, which then pulls the features"
+        )
+    if alignment.spareg and alignment.spareg_align == "classifier":
+        raise ValueError(f"--spareg-align classifier has nothing to pull, because {fixed}: use --spareg-align features")
+
+
+def check_numbers(options: MethodOptions) -> None:
+    """Check the methods' constants.
+
+    Raises:
+        ValueError: one is out of range.
+    """
+    for name in ("resample", "label_weighting", "contrast", "clamp_logits"):
+        value = getattr(options, name)
+        check(name.replace("_", "-"), value, value is None or 0 <= value < math.inf, "0 or more")
+
+
+def check(name: str, value: object, good: bool, expected: str) -> None:
+    """Raise ValueError unless an option's value is good."""
     if not good:
         raise ValueError(f"--{name} is {value}; expected {expected}")

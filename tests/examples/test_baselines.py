@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,10 @@ def batch(seed: int, n: int = 9, c: int = 5) -> tuple[Tensor, Tensor, Tensor]:
     return logits, labels, 0.3 * one_hot + 0.7 * one_hot[partner]
 
 
+def labelled(targets: Tensor) -> Batch:
+    return Batch(torch.zeros(len(targets), 3, 8, 8), targets)
+
+
 def log_softmax(z: Array) -> Array:
     return np.array([[v - math.log(sum(math.exp(u) for u in row)) for v in row] for row in z])
 
@@ -53,8 +58,24 @@ def tiny_images(num_classes: int = 5, n: int = 40, resolution: int = 8) -> Image
 def test_batch_counts_of_mixed_labels_are_those_before_mixing() -> None:
     _, labels, mixed = batch(0)
     want = torch.bincount(labels, minlength=5).float()
-    assert torch.equal(batch_counts(labels, 5), want)
-    torch.testing.assert_close(batch_counts(mixed.float(), 5), want, rtol=1e-6, atol=1e-6)  # float32 sums of 9
+    assert torch.equal(batch_counts(labelled(labels), 5), want)
+    torch.testing.assert_close(
+        batch_counts(labelled(mixed.float()), 5), want, rtol=1e-6, atol=1e-6
+    )  # float32 sums of 9
+
+
+def test_a_part_of_a_batch_is_balanced_by_the_whole() -> None:
+    """Micro-batches and ranks weigh their samples as the whole batch would."""
+    logits, labels, _ = batch(4)
+    whole, (first, second) = labelled(labels), labels.split([4, 5])
+    counts = batch_counts(whole, 5)
+    parts = [replace(labelled(part), counts=counts) for part in (first, second)]
+    head = etf_dr.EtfDotRegression(etf_dr.EtfNet(Backbone(8, 1), 5))
+    for part in parts:
+        torch.testing.assert_close(head.energy(part), head.energy(whole))
+    ce = arb.AttractionRepulsionBalanced(CifarResNet(5, depth=8), counts=None)
+    losses = [ce.loss(z, part) * len(part) for z, part in zip(logits.float().split([4, 5]), parts, strict=True)]
+    torch.testing.assert_close(losses[0] + losses[1], ce.loss(logits.float(), whole) * 9)
 
 
 # --- ARB --------------------------------------------------------------------------------------------------------------
@@ -92,7 +113,7 @@ def test_a_class_absent_from_the_batch_is_not_pushed_away(soft: bool) -> None:
     logits, labels, mixed = batch(3)
     logits.requires_grad_()
     targets = mixed if soft else labels
-    loss = arb.balanced_softmax(logits, targets, batch_counts(targets, 5).double())
+    loss = arb.balanced_softmax(logits, targets, batch_counts(labelled(targets), 5).double())
     loss.backward()
     assert logits.grad is not None
     assert torch.isfinite(loss)
@@ -105,10 +126,10 @@ def test_arb_counts_the_training_set_or_the_batch() -> None:
     model = CifarResNet(5, depth=8)
     logits, labels, _ = batch(4)
     counts = [50, 20, 7, 3, 1]
-    whole = arb.AttractionRepulsionBalanced(model, counts=counts).loss(logits.float(), labels)
-    part = arb.AttractionRepulsionBalanced(model, counts=None).loss(logits.float(), labels)
+    whole = arb.AttractionRepulsionBalanced(model, counts=counts).loss(logits.float(), labelled(labels))
+    part = arb.AttractionRepulsionBalanced(model, counts=None).loss(logits.float(), labelled(labels))
     torch.testing.assert_close(whole, arb.balanced_softmax(logits.float(), labels, torch.tensor(counts).float()))
-    torch.testing.assert_close(part, arb.balanced_softmax(logits.float(), labels, batch_counts(labels, 5)))
+    torch.testing.assert_close(part, arb.balanced_softmax(logits.float(), labels, batch_counts(labelled(labels), 5)))
 
 
 # --- ETF-DR -----------------------------------------------------------------------------------------------------------
@@ -175,10 +196,10 @@ def test_etf_energy_balances_the_batch_the_set_or_nothing() -> None:
     _, labels, mixed = batch(6)
     want = torch.tensor(energy(labels.numpy())).float()
     by_batch = etf_dr.EtfDotRegression(model)
-    torch.testing.assert_close(by_batch.energy(labels), want)
-    torch.testing.assert_close(by_batch.energy(mixed.float())[want > 0], want[want > 0], rtol=1e-5, atol=0)
-    assert torch.equal(etf_dr.EtfDotRegression(model, counts=None).energy(labels), torch.ones(5))
-    by_set = etf_dr.EtfDotRegression(model, counts=[50, 20, 10, 5, 5]).energy(labels)
+    torch.testing.assert_close(by_batch.energy(labelled(labels)), want)
+    torch.testing.assert_close(by_batch.energy(labelled(mixed.float()))[want > 0], want[want > 0], rtol=1e-5, atol=0)
+    assert torch.equal(etf_dr.EtfDotRegression(model, counts=None).energy(labelled(labels)), torch.ones(5))
+    by_set = etf_dr.EtfDotRegression(model, counts=[50, 20, 10, 5, 5]).energy(labelled(labels))
     torch.testing.assert_close(by_set, torch.tensor([18 / 50, 18 / 20, 1.8, 3.6, 3.6]))
 
 
@@ -481,7 +502,6 @@ def test_max_norm_refuses_what_it_cannot_start_from(tiny_options: Options, tmp_p
         ("--method glmc-maxnorm", "--first-stage"),
         ("--subset-replacement --validation 2", "with replacement"),
         ("--method glmc --mixup 1", "mixes by itself"),
-        ("--schedule epoch-cosine", "--warmup-epochs 1"),
         ("--method etf-dr --accumulate 2", "micro-batches"),
         ("--method arb --class-counts batch --accumulate 2", "micro-batches"),
     ],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from longtail.recipes import RECIPES, Schedule, get_recipe
 
@@ -66,3 +68,16 @@ def test_published_values() -> None:
 def test_unknown_recipe_is_refused() -> None:
     with pytest.raises(ValueError, match="recipe is 'best'"):
         get_recipe("best", "cifar10")
+
+
+def test_epoch_cosine_warms_up_by_epochs() -> None:
+    schedule = Schedule(0.1, epochs=12, warmup_epochs=2, kind="epoch-cosine")
+    want = [0.05, 0.1] + [0.05 * (1 + math.cos(math.pi * k / 10)) for k in range(10)]
+    assert [schedule(epoch) for epoch in range(12)] == pytest.approx(want)
+
+
+def test_the_schedule_that_glmc_sets_after_each_epoch() -> None:
+    """As its ImageNet code has it: epoch 0 at the full rate, 0.1 (e + 1) / 10 after epoch e up to 10, then a cosine."""
+    schedule = Schedule(0.1, epochs=135, warmup_epochs=10, kind="glmc-published")
+    after = [0.1 * (e + 1) / 10 if e <= 10 else 0.05 * (1 + math.cos(math.pi * (e - 9) / 126)) for e in range(134)]
+    assert [schedule(epoch) for epoch in range(135)] == pytest.approx([0.1, *after])

@@ -1,0 +1,163 @@
+"""All options of one ImageNet-LT run, resolved and checked."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..alignment import AlignmentOptions
+from ..methods import METHODS, MethodOptions, check_options
+from ..settings import check, check_alignment, check_fixed_head, check_numbers
+from .networks import NETWORKS
+from .recipes import METHOD_RECIPES, SCHEDULES, ImageNetRecipe
+
+WHERE_AND_HOW = (
+    "data_dir",
+    "output_dir",
+    "device",
+    "threads",
+    "workers",
+    "scan",
+    "resume",
+    "overwrite",
+    "tensorboard",
+    "quiet",
+    "stop_after_epochs",
+    "checkpoint_steps",
+    "keep",
+    "accumulate",
+    "fsdp",
+    "compile",
+)
+
+
+@dataclass(frozen=True)
+class ImageNetSettings:
+    """One run. `WHERE_AND_HOW` names the fields that say where and how it is done; the others decide its outcome.
+
+    How many ranks share the work is not among them: a run may go on with another number. That changes which images meet
+    in one batch normalisation and one mixup, and so the outcome to that extent.
+
+    Attributes:
+        method: one of `METHOD_RECIPES`.
+        method_options: of the method.
+        recipe_name, recipe: network, optimizer, schedule.
+        data: `files` or `synthetic`.
+        data_dir: folder that the lists' paths are relative to.
+        train_list, val_list, test_list: list files; without `val_list` the test list is looked at after every epoch.
+        num_synthetic, num_synthetic_classes: size of synthetic data.
+        decode: `cpu` in the workers, or `device`.
+        scan: how the files are looked at before training: `off`, `fast` or `full`.
+        skip_bad: leave bad lines and files out instead of refusing them.
+        alignment: the three strategies.
+        seed: of weights, order and augmentation; runs with equal seeds are paired.
+        accumulate: micro-batches per optimizer step and rank.
+        clip_norm: largest gradient norm; 0 for no clipping.
+        amp: `off`, `bf16` or `fp16`.
+        channels_last: memory layout of the network.
+        sync_bn: batch normalisation over all ranks.
+        fsdp: shard parameters, gradients and optimizer state over the ranks.
+        compile: compile the backbone.
+        deterministic: only algorithms that repeat themselves to the last bit.
+        device: `auto`, `cpu` or `cuda`; each rank takes its own.
+        threads, workers: CPU threads and loader processes of each rank.
+        output_dir: where results go.
+        resume: continue from the newest checkpoint in `output_dir` where there is one.
+        overwrite: start afresh although `output_dir` holds a run.
+        checkpoint_steps: also save after every so many steps of an epoch; 0 for the ends of epochs alone.
+        keep: how many checkpoints to keep.
+        tensorboard, quiet: what is reported.
+        stop_after_epochs: end this call cleanly after so many epochs; None for the whole run.
+    """
+
+    recipe_name: str
+    recipe: ImageNetRecipe
+    output_dir: Path
+    method: str = "ce"
+    method_options: MethodOptions = field(default_factory=MethodOptions)
+    alignment: AlignmentOptions = field(default_factory=AlignmentOptions)
+    data: str = "files"
+    data_dir: Path = Path()
+    train_list: Path = Path()
+    test_list: Path = Path()
+    val_list: Path | None = None
+    num_synthetic: int = 115_846
+    num_synthetic_classes: int = 1000
+    decode: str = "cpu"
+    scan: str = "fast"
+    skip_bad: bool = False
+    seed: int = 0
+    accumulate: int = 1
+    clip_norm: float = 0.0
+    amp: str = "off"
+    channels_last: bool = True
+    sync_bn: bool = False
+    fsdp: bool = False
+    compile: bool = False
+    deterministic: bool = False
+    device: str = "auto"
+    threads: int | None = None
+    workers: int = 8
+    resume: bool = False
+    overwrite: bool = False
+    checkpoint_steps: int = 0
+    keep: int = 2
+    tensorboard: bool = True
+    quiet: bool = False
+    stop_after_epochs: int | None = None
+
+    def __post_init__(self) -> None:
+        recipe = self.recipe
+        check("method", self.method, self.method in METHOD_RECIPES, f"one of {', '.join(METHOD_RECIPES)}")
+        check("network", recipe.network, recipe.network in NETWORKS, f"one of {', '.join(NETWORKS)}")
+        check("seed", self.seed, 0 <= self.seed < 2**63, "0 or more")
+        check("epochs", recipe.epochs, recipe.epochs >= 1, "1 or more")
+        check("batch-size", recipe.batch_size, recipe.batch_size >= 2, "2 or more, for batch normalisation")
+        check("lr", recipe.lr, 0 < recipe.lr < math.inf, "more than 0")
+        check("weight-decay", recipe.weight_decay, 0 <= recipe.weight_decay < math.inf, "0 or more")
+        check("schedule", recipe.schedule, recipe.schedule in SCHEDULES, ", ".join(SCHEDULES))
+        good = 0 <= recipe.warmup_epochs < recipe.epochs
+        check("warmup-epochs", recipe.warmup_epochs, good, f"0 or more and less than the {recipe.epochs} epochs")
+        check("mixup", recipe.mixup, 0 <= recipe.mixup < math.inf, "alpha of Beta(alpha, alpha), or 0")
+        check("resolution", recipe.resolution, recipe.resolution >= 32, "32 pixels or more")
+        check("clip-norm", self.clip_norm, 0 <= self.clip_norm < math.inf, "more than 0, or 0 for no clipping")
+        check("accumulate", self.accumulate, self.accumulate >= 1, "1 or more")
+        check("amp", self.amp, self.amp in ("off", "bf16", "fp16"), "off, bf16 or fp16")
+        check("threads", self.threads, self.threads is None or self.threads >= 1, "1 or more")
+        check("workers", self.workers, self.workers >= 0, "0 (in the main process) or more")
+        check("checkpoint-steps", self.checkpoint_steps, self.checkpoint_steps >= 0, "0 or more")
+        check("keep", self.keep, self.keep >= 1, "1 or more")
+        check("num-synthetic", self.num_synthetic, self.num_synthetic >= 2, "2 or more")
+        good = 2 <= self.num_synthetic_classes <= self.num_synthetic
+        check("num-synthetic-classes", self.num_synthetic_classes, good, f"2 to {self.num_synthetic}, the images")
+        stop = self.stop_after_epochs
+        check("stop-after-epochs", stop, stop is None or stop >= 1, "1 or more")
+        check_alignment(self.alignment)
+        check_options(self.method, self.method_options)
+        check_numbers(self.method_options)
+        check_fixed_head(self.alignment, METHODS[self.method].fixed_head)
+        if recipe.mixup and self.method == "glmc":
+            raise ValueError(f"--mixup {recipe.mixup} is not for glmc, which mixes by itself: use 0")
+        if self.method == "glmc" and recipe.augmentation != "glmc":
+            raise ValueError("glmc needs its own augmentation, two looks at every image: use --augmentation glmc")
+        if recipe.schedule == "glmc-published" and not recipe.warmup_epochs:
+            raise ValueError("--schedule glmc-published is a warm-up's quirk: set --warmup-epochs, published 10")
+        if self.fsdp and self.amp == "fp16":
+            raise ValueError("--fsdp with --amp fp16 would see each rank's overflows alone: use --amp bf16 or off")
+        if self.resume and self.overwrite:
+            raise ValueError("--resume continues a run and --overwrite removes it: leave one out")
+
+    def outcome(self) -> dict[str, Any]:
+        """Return the options that decide the outcome, by the names that the command line uses, as plain values."""
+        options = asdict(self)
+        for name in WHERE_AND_HOW:
+            del options[name]
+        recipe, alignment, method = options.pop("recipe"), options.pop("alignment"), options.pop("method_options")
+        for name in ("frozen_head", "moving_statistics", "first_stage"):  # of CIFAR alone
+            del method[name]
+        for name in ("train_list", "val_list", "test_list"):  # their contents count, not their place
+            options[name] = None if options[name] is None else options[name].name
+        options["recipe"] = options.pop("recipe_name")
+        return {name.replace("_", "-"): value for name, value in {**options, **recipe, **alignment, **method}.items()}
