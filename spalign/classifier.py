@@ -16,6 +16,9 @@ from spalign.distributed import full_tensor, is_sharded, reshard_owner, shard_li
 
 __all__ = ["Classifier", "ClassifierLike"]
 
+# What frameworks tie to a parameter that only mirrors the master copy which their optimizer moves: DeepSpeed, Megatron.
+_OF_MASTERS = ("get_full_hp_param", "main_param")
+
 
 class Leaves(NamedTuple):
     """The tensors that an optimizer moves to turn and stretch classifier rows.
@@ -104,6 +107,11 @@ class Classifier:
         if self._parametrized():
             return not any(p.requires_grad for p in self._parametrizations().parameters())
         return not self._stored().requires_grad
+
+    @property
+    def mirrors_master(self) -> bool:
+        """Whether a framework has marked the weight as one that it overwrites by a master copy at each step (B7)."""
+        return any(getattr(self._stored(), name, None) is not None for name in _OF_MASTERS)
 
     def require_trainable(self, action: str) -> None:
         """Raise ValueError if the weight is fixed or its rows cannot be reached; ``action`` completes "cannot be"."""

@@ -266,7 +266,8 @@ class SpAProj(Optimizer):
         if not any(p is direction for group in optimizer.param_groups for p in group["params"]):
             raise RuntimeError(
                 f"the optimizer does not hold the parameter of {self.classifier}, expected it among param_groups; "
-                "build the optimizer from the parameters the model has now (sharding and assign=True replace them)"
+                "build the optimizer from the parameters the model has now (sharding and assign=True replace them), or "
+                "give the master copy of the weight as the classifier, where that is what it moves"
             )
         self._held = direction
 

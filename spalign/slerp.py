@@ -1,6 +1,7 @@
 """SpA-SLERP: rotate classifier rows towards class means on a schedule."""
 
 import operator
+import warnings
 from typing import Any
 
 import torch
@@ -98,11 +99,18 @@ class SpASlerp:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Count one call and rotate.
+        """Count one call and rotate. Warns where a framework has marked the weight as a mirror of master weights.
 
         Raises:
             ValueError: classifier and tracker are on different devices. Nothing is rotated or counted.
         """
+        if self.classifier.mirrors_master:
+            warnings.warn(
+                f"the weight of {self.classifier} mirrors master weights, which overwrite this rotation at the next "
+                "optimizer step; build SpASlerp for the master weight, or apply spalign.functional.slerp to it "
+                "(DeepSpeed: safe_get_full_fp32_param, safe_set_full_fp32_param)",
+                stacklevel=3,  # past no_grad
+            )
         self.classifier.reshard()
         weight_CD = self.classifier.rows()
         self.tracker._check_device("the classifier is", weight_CD)

@@ -11,8 +11,8 @@ head:
     + loss = loss + 0.3 * self.model.spareg(self.features(), labels) if model.training else loss
 
     + class SlerpCallback(spalign.SpASlerp, TrainerCallback):
-    +     def on_epoch_end(self, args, state, control, **kwargs):
-    +         self.step()
+    +     def on_step_end(self, args, state, control, **kwargs):
+    +         self.step() if state.epoch.is_integer() else None
 
 The Trainer saves model, optimizer, scheduler and random numbers, but no loss: as the model's attribute the loss term
 rides in its checkpoints. The rotation's schedule follows from the epoch, which the Trainer restores.
@@ -48,13 +48,11 @@ class ImageTrainer(Trainer):
 
 
 class SlerpCallback(spalign.SpASlerp, TrainerCallback):  # +
-    """Rotates once per epoch, before the epoch's checkpoint is written (`save_strategy="epoch"`)."""
+    """Rotates at the last step of each epoch, before any checkpoint of it is written."""
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Rotate."""
-        self.step()
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Rotate; at `on_epoch_end` the checkpoint of the last step is written already (`save_strategy="steps"`)."""
+        self.step() if state.epoch.is_integer() else None
 
     def on_train_begin(  # to resume
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -136,7 +136,7 @@ def gradients(net: nn.Module, name: str, world: int = 1) -> Results:
     """Return the gradient of each parameter; averaged over ``world`` ranks where nothing else has done so."""
     out: Results = {}
     for key, p in net.named_parameters():
-        grad = torch.zeros_like(p) if p.grad is None else gather(p.grad)
+        grad = gather(torch.zeros_like(p) if p.grad is None else p.grad)
         if world > 1:
             dist.all_reduce(grad)
             grad /= world
@@ -307,6 +307,7 @@ def data_parallel(rank: int, world: int, folder: Path) -> Results:
         (torch.float64, False, "gather", "uneven", "accumulate"),
         (torch.float64, False, "reduce", "empty", "accumulate"),
         (torch.float64, True, "reduce", "uneven", "views"),
+        (torch.float64, True, "reduce", "empty", "views"),
         (torch.float64, True, "gather", "first empty", "accumulate"),
         (torch.float32, False, "gather", "uneven", "views"),
         (torch.float32, True, "reduce", "empty", "accumulate"),
@@ -318,7 +319,8 @@ def data_parallel(rank: int, world: int, folder: Path) -> Results:
         spareg = net.spareg if isinstance(net, NetWithTerm) else make_term(net, dtype, batch_size)
         optimizer = spalign.SpAProj(torch.optim.SGD(net.parameters(), lr=0.3), net.fc, spareg.tracker, gamma=0.3)
         slerp = spalign.SpASlerp(net.fc, spareg.tracker, total_steps=2, alpha_max=0.2, threshold=1.0)
-        model = _ddp(net, world, gradient_as_bucket_view=not inside, broadcast_buffers=inside)
+        broadcast = split != "empty"  # C1: with the term inside and outside of the model, both
+        model = _ddp(net, world, gradient_as_bucket_view=not inside, broadcast_buffers=broadcast)
         name = f"{str(dtype)[6:]} ddp {'inside' if inside else 'outside'} {way} {split} {mode}"
         for step in range(2):
             optimizer.zero_grad()
@@ -408,6 +410,26 @@ def long_run(rank: int, world: int, folder: Path) -> Results:
     return out
 
 
+@part(1, 2)
+def bucket_views(rank: int, world: int, folder: Path) -> Results:
+    """A17: 20 steps with gradients that are views of DDP's buckets and with gradients of their own."""
+    out: Results = {}
+    for views in (False, True):
+        net = Net()
+        spareg = make_term(net, torch.float64)
+        model = _ddp(net, world, gradient_as_bucket_view=views)
+        inner = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+        optimizer = spalign.SpAProj(inner, net.fc, spareg.tracker, gamma=0.3)
+        for step in range(20):
+            x, y = (share(t, rank, world, "uneven") for t in batch(step))
+            optimizer.zero_grad(set_to_none=False)  # the views stay
+            h, logits = model(x)
+            (main_loss(logits, y, world) + 0.5 * spareg(h, y)).backward()
+            optimizer.step()
+        out |= parameters(net, f"bucket views {views}")
+    return out
+
+
 @part(2)
 def unused_head(rank: int, world: int, folder: Path) -> Results:
     """C6: the head outside of DDP's forward, where DDP looks for unused parameters."""
@@ -483,15 +505,16 @@ def _fully_shard(net: Net, own_group: bool, world: int, **options: Any) -> None:
 
 @part(1, 2, 4, sharded=True)
 def sharded_training(rank: int, world: int, folder: Path) -> Results:
-    """B1, B3, B4: train under FSDP2 with the head as its own group and not; uneven and empty shards of rows."""
+    """A15, B1, B3, B4: train under FSDP2 with the head as its own group and not; uneven and empty shards of rows."""
     out: Results = {}
     for num_classes in (3, 1):
         for own_group in (False, True):
             net = Net(num_classes=num_classes)
             spareg = make_term(net, torch.float64)
-            _fully_shard(net, own_group, world)
             inner = torch.optim.SGD(net.parameters(), lr=0.3, momentum=0.9)
             optimizer = spalign.SpAProj(inner, net.fc, spareg.tracker, gamma=0.3)
+            _fully_shard(net, own_group, world)
+            inner.param_groups[0]["params"] = list(net.parameters())  # A15: as Accelerate does after sharding
             slerp = spalign.SpASlerp(net.fc, spareg.tracker, total_steps=4, alpha_max=0.4, threshold=1.0)
             for step in range(2):
                 name = f"fsdp {num_classes} {own_group} {step}"
@@ -540,18 +563,21 @@ def sharded_validation(rank: int, world: int, folder: Path) -> Results:
     return out
 
 
+def _half_sharded(own_group: bool, world: int) -> Net:
+    net = Net(torch.float32)
+    if world > 1:
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
+        _fully_shard(net, own_group, world, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    return net
+
+
 @part(1, 2, sharded=True)
 def mixed_precision(rank: int, world: int, folder: Path) -> Results:
     """B2, B7: the gathered weight is bfloat16, the one to rotate is the float32 one that is kept."""
     out: Results = {}
     for own_group in (False, True):
-        net = Net(torch.float32)
-        options: dict[str, Any] = {}
-        if world > 1:
-            from torch.distributed.fsdp import MixedPrecisionPolicy
-
-            options = {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16)}
-        _fully_shard(net, own_group, world, **options)
+        net = _half_sharded(own_group, world)
         tracker = spalign.ClassMeanTracker(C, D)
         h, y = (share(t, rank, world) for t in batch(1, D, torch.float32))
         tracker.update(h, y)
@@ -563,6 +589,35 @@ def mixed_precision(rank: int, world: int, folder: Path) -> Results:
         after = gather(net.fc.weight)
         out[f"float32 mixed {own_group} weight"] = after
         out[f"float32 mixed {own_group} kept rows"] = (after == before).all(1)
+    return out
+
+
+@part(1, 2, sharded=True)
+def mixed_precision_training(rank: int, world: int, folder: Path) -> Results:
+    """B3, B7: loss and projection where forward and backward go through bfloat16 copies of float32 weights."""
+    out: Results = {}
+    for own_group in (False, True):
+        name = f"half {own_group}"
+        net = _half_sharded(own_group, world)
+        spareg = make_term(net, torch.float32)
+        optimizer = spalign.SpAProj(torch.optim.SGD(net.parameters(), lr=0.3), net.fc, spareg.tracker, gamma=0.3)
+        for step in range(2):
+            x, y = (share(t, rank, world, "uneven") for t in batch(step, dtype=torch.float32))
+            optimizer.zero_grad()
+            h, logits = net(x)
+            assert h.dtype is (torch.bfloat16 if world > 1 else torch.float32)
+            term = spareg(h, y)
+            if step == 0:  # the term alone
+                term.backward()
+                out |= gradients(net, f"{name} term")
+                optimizer.zero_grad()
+                continue
+            (main_loss(logits.float(), y, world) + 0.5 * term).backward()
+            out |= gradients(net, name)
+            out |= {f"{name} rows": gather(net.fc.weight)} | state(spareg.tracker, name)
+            optimizer.step()
+            assert net.fc.weight.grad is not None
+            out |= {f"{name} projected": gather(net.fc.weight.grad), f"{name} stepped": gather(net.fc.weight)}
     return out
 
 
@@ -742,10 +797,10 @@ def checkpoint(rank: int, world: int, folder: Path) -> Results:
     run.train(3)
     if world == 2:
         save(run.state(), checkpoint_id=folder / "saved")
-    out["checkpoint uninterrupted"] = run.train(4)
+    out["checkpoint uninterrupted"] = run.train(5)
     resumed = Run(rank, world, seed=4)
     resumed.load(folder / "saved")
-    out["checkpoint resumed"] = resumed.train(4)
+    out["checkpoint resumed"] = resumed.train(5)
     out["checkpoint calls"] = torch.tensor(resumed.slerp.last_step)
     out |= parameters(resumed.net, "checkpoint")
     return out

@@ -2,8 +2,8 @@
 
 One process starts two ranks and then four others, once; each of them runs every part, and so does this process.
 
-What the parts do, and which pitfalls they are about, is in rank_parts.py: B1, B2, B3, B4, B7, B8, A9, A10, A16, A17,
-A20, C1, C2, C3, C4, C5, C6, C7 and C13.
+What the parts do, and which pitfalls they are about, is in rank_parts.py: A9, A10, A15, A16, A17, A20, B1, B2, B3, B4,
+B7, B8, C1, C2, C3, C4, C5, C6, C7 and C13.
 C8 to C12 and the rest of C13 need one process only: test_pitfalls.py and test_tracker.py.
 """
 
@@ -14,9 +14,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import rank_parts
+import reference
 import torch
+from problems import to_numpy
 from rank_parts import COLLECTIVES, FSDP_ON_CPU, MANY, PARTS, SPLITS, C, D, Found, N, batch
 from torch import Tensor
 
@@ -96,6 +99,10 @@ def test_ranks_are_bit_equal(found: Found, name: str, world: int) -> None:
 
 def tolerance(name: str) -> float:
     """Return how far results may be apart, relative to the largest entry or 1, whichever is more."""
+    if name.startswith("half"):
+        return (
+            2**-6
+        )  # two roundings of bfloat16 are the weights' and the features', one each the logits' and the mean's
     # Sums of 12 samples in two or four parts, through a few steps of training: some roundings of the dtype. With
     # bfloat16 weights, the float64 maths is equal to a few of its roundings, and rounding them may fall either way.
     return {"bfloat16": 2**-7, "float32": 1e-6}.get(name.split()[0], 1e-10)
@@ -137,6 +144,38 @@ def test_the_comparisons_are_of_something(found: Found) -> None:
         *([("fsdp 3 True 1 gradient fc.weight", "fsdp 3 True 1 projected")] if FSDP_ON_CPU else []),
     ):
         assert (alone[a].double() - alone[b].double()).abs().max() > 1e-3
+
+
+def test_gradients_in_buckets_are_projected_as_others_are(found: Found) -> None:
+    """A17: after 20 steps, to the bit.
+
+    Replaced gradients pass, too: DDP puts its views back without a word, so the hazard that the pitfall sees there does
+    not show in a run. Captured graphs do know gradients by address: test_a17_gradients_are_written_in_place.
+    """
+    results = found[2][0]["bucket_views"]
+    for k in [k for k in results if "True" in k]:
+        assert torch.equal(results[k], results[k.replace("True", "False")]), k
+
+
+@pytest.mark.skipif(not FSDP_ON_CPU, reason="FSDP2 of torch 2.6 does not run on the CPU")
+@pytest.mark.parametrize("own_group", [False, True])
+def test_mixed_precision_gradients_and_projection(found: Found, own_group: bool) -> None:
+    """B3, B7: gradients to a few roundings of bfloat16; the projection is of float32 rows, and exact."""
+    want, got = found[1][0]["mixed_precision_training"], found[2][0]["mixed_precision_training"]
+    name = f"half {own_group}"
+    for kind in (f"{name} term gradient ", f"{name} gradient "):
+        keys = [k for k in want if k.startswith(kind)]
+        size = max(float(want[k].abs().max()) for k in keys)
+        for k in keys:
+            # Four roundings of 2^-8 or so on the way, of terms that add up to gradients of no more than `size`.
+            torch.testing.assert_close(got[k], want[k], rtol=0, atol=2**-6 * size)
+        assert min(float(want[k].abs().max()) for k in keys if "weight" in k) > 2**-4 * size
+    w, g, mean, weight = (to_numpy(got[f"{name} {k}"]) for k in ("rows", "gradient fc.weight", "mean", "weight"))
+    exact = reference.project_gradient(g, w, mean, weight > 0, 0.3)
+    # float32 maths on values of O(1); with rows rounded to bfloat16 it is off by 8e-5.
+    np.testing.assert_allclose(to_numpy(got[f"{name} projected"]), exact, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(to_numpy(got[f"{name} stepped"]), w - 0.3 * exact, rtol=0, atol=1e-6)
+    assert np.abs(exact - g).max() > 1e-2
 
 
 def split_update(rank: int, world: int, ranks: list[int]) -> Tensor:
@@ -315,8 +354,8 @@ def test_what_two_ranks_saved_goes_on_anywhere(found: Found, world: int) -> None
     """A9, A10, C13: model, optimizer, tracker and rotation through torch.distributed.checkpoint."""
     want = found[2][0]["checkpoint"]["checkpoint uninterrupted"]
     results = found[world][0]["checkpoint"]
-    assert results["checkpoint calls"] == 7
+    assert results["checkpoint calls"] == 8
     if world == 2:
         assert torch.equal(results["checkpoint resumed"], want)
-    # float64, sums of 12 samples in other parts, through 4 steps of AdamW.
+    # float64, sums of 12 samples in other parts, through 5 steps of AdamW.
     torch.testing.assert_close(results["checkpoint resumed"], want, rtol=1e-10, atol=1e-10)

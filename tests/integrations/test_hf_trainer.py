@@ -34,6 +34,23 @@ def test_resume_is_bit_equal(strategy: str, tmp_path: Path) -> None:
     assert resumed.slerps[0].last_step == straight.slerps[0].last_step == 4
 
 
+@pytest.mark.parametrize("saved", [12, 16], ids=["within an epoch", "at an epoch's last step"])
+@pytest.mark.parametrize("accumulated", [1, 3])
+def test_resume_from_a_checkpoint_of_some_step_is_bit_equal(saved: int, accumulated: int, tmp_path: Path) -> None:
+    """B12, C12: a checkpoint of an epoch's last step, written before the epoch ends, has its rotation."""
+    options = {"gradient_accumulation_steps": accumulated, "save_strategy": "steps", "save_steps": 1}
+    steps = -(-8 // accumulated)  # of an epoch; three micro-batches and three, and the two that are left
+    checkpoint = tmp_path / f"checkpoint-{saved * steps // 8}"
+    with scripts.counting() as straight:
+        want = train(tmp_path, "all", 4, **options)
+    with scripts.counting() as resumed:
+        got = train(tmp_path, "all", 4, resume_from_checkpoint=checkpoint, **options)
+    assert (straight.steps, resumed.steps) == (4 * steps, 4 * steps - saved * steps // 8)
+    assert (straight.rotated, resumed.rotated) == (4, 4 - saved // 8)
+    assert scripts.same_weights(got, want)
+    assert resumed.slerps[0].last_step == straight.slerps[0].last_step == 4
+
+
 def test_accumulation_and_clipping(tmp_path: Path) -> None:
     """A16, A18: one projection per optimizer step, and what is stepped is within the clipped norm."""
     with scripts.counting() as counts:

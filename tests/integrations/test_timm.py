@@ -144,7 +144,8 @@ def test_a_tracker_in_the_model_is_averaged_with_it() -> None:
     again.load_state_dict(ema.module.state_dict())
     with torch.no_grad():
         assert torch.equal(again.eval()(x), ema.module.eval()(x))
-        assert torch.equal(again.spareg(), ema.module.spareg())
+        # The global mean of averages is the averaged one to a rounding of float32; evaluating has formed it afresh.
+        torch.testing.assert_close(again.spareg(), ema.module.spareg(), rtol=1e-6, atol=0)
 
 
 def test_the_loss_scaler_unscales_and_clips_before_the_projection() -> None:

@@ -9,11 +9,11 @@ import itertools
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
-from interop.optimizer_runs import CLASSES, GAMMA, ROWS, Mode, Row, Run, close, far, keys, refusal, same
+from interop.optimizer_runs import CLASSES, GAMMA, ROUNDING, ROWS, Mode, Row, Run, close, far, keys, refusal, same
 from problems import same_state, state_of
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
@@ -314,6 +314,48 @@ def test_a_scaler_that_steps_the_wrapped_optimizer_equals_the_unscaled_run(name:
     assert same(scaled.weights(), before)
 
 
+class Watched(spalign.SpAProj):
+    """Writes down what it is asked for, by name."""
+
+    asked: list[str]
+
+    def __getattribute__(self, name: str) -> Any:
+        found = super().__getattribute__(name)
+        if not name.startswith("__"):
+            vars(self).setdefault("asked", []).append(name)
+        return found
+
+
+def test_unscaling_one_object_and_stepping_another_shows_the_stepped_one_nothing() -> None:
+    """A6: gradients are unscaled twice, and the pitfall's "detect the mixed case where possible" is wrong: never.
+
+    The scaler keeps what it has unscaled in a table of its own, by ``id``, and writes nothing on the optimizer that it
+    unscales. Of the other one it asks for the same in the same order as of one that nobody has unscaled, and small
+    gradients are no sign either. Should a scaler tell its optimizers more one day, this fails, and they can be asked.
+    """
+    runs: list[tuple[Run, list[str]]] = []
+    for mixed in (False, True):
+        s = Run(CLASSES["SGD"], "plain")
+        facade = Watched(s.inner, s.fc, s.tracker, gamma=GAMMA)
+        scaler = torch.amp.GradScaler("cpu", init_scale=65536.0)
+        scaled_backward(s, scaler, 0)
+        held = {name: copy.copy(value) for name, value in vars(s.inner).items()}
+        if mixed:
+            scaler.unscale_(s.inner)
+        assert vars(s.inner) == held
+        facade.asked.clear()
+        scaler.step(facade)
+        runs.append((s, list(facade.asked)))
+    (once, asked), (twice, asked_mixed) = runs
+    assert asked == asked_mixed
+    assert "_step_supports_amp_scaling" in asked
+    for a, b in zip(once.model.parameters(), twice.model.parameters(), strict=True):
+        assert a.grad is not None
+        assert b.grad is not None
+        # A power of two, and the projection is homogeneous up to a rounding.
+        torch.testing.assert_close(b.grad * 65536.0, a.grad, **ROUNDING)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Checkpoints (A3, A8, A9, A10)
 # ----------------------------------------------------------------------------------------------------------------------
@@ -497,8 +539,60 @@ def test_compiled_step_equals_eager_and_compiles_once(name: str, how: str) -> No
     frames, plain = compile_and_train(s), compile_and_train(Run(ROWS[name], "plain"))
     eager.train(5)
     assert frames[0] >= 1
-    # A graph more is fine, for the hook; a counter in it would be compiled again at the second step.
+    # A graph more is fine, for the hook; a number in it that changes would be compiled again at the second step.
     assert [n - frames[0] for n in frames] == [n - plain[0] for n in plain], "compiled again no more often than plain"
     for a, b in zip(s.weights(), eager.weights(), strict=True):
-        # Compiled, Adam takes powers of its decay rates in float32.
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        # Bit-equal, but for a rounding in torch 2.6; and compiled, Adam takes powers of its decay rates in float32.
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5 if "Adam" in name else 1e-15)
+
+
+class CountsInADict(spalign.SpAProj):
+    """Counts steps in the hook, where the compiler guards the number: what A19 is about."""
+
+    def _before_step(self, *args: Any) -> Any:
+        self.counts["steps"] = self.counts.get("steps", 0) + 1
+        return super()._before_step(*args)
+
+    counts: ClassVar[dict[str, int]] = {}
+
+
+class CountsInAnAttribute(spalign.SpAProj):
+    """Counts steps in the hook, as an attribute of an optimizer."""
+
+    steps = 0
+
+    def _before_step(self, *args: Any) -> Any:
+        self.steps += 1
+        return super()._before_step(*args)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    ("make", "again"), [(spalign.SpAProj, False), (CountsInADict, True), (CountsInAnAttribute, False)]
+)
+def test_counters_in_the_hook_compile_again(make: type[spalign.SpAProj], again: bool) -> None:
+    """A19: counted, with and without. For a counter that is an attribute of the optimizer the pitfall is wrong.
+
+    Numbers that the compiler guards, in a dictionary for one, make it compile again and again. Attributes that are
+    written on an optimizer it leaves to Python: one is counted up for nothing, and no graph is made anew.
+    """
+    s = Run(Row(torch.optim.SGD, {"lr": 0.02}), "plain")  # without momentum a plain step is compiled once
+    optimizer = make(s.inner, s.fc, s.tracker, gamma=GAMMA)
+    torch.compiler.reset()
+    counter, frames = CompileCounter(), []
+    step: Any = torch.compile(optimizer.step, backend=counter)
+    for seed in range(5):
+        s.closure(seed)()
+        step()
+        frames.append(counter.frame_count)
+    if again and torch.__version__.startswith("2.6") and frames[-1] == frames[0]:
+        pytest.skip("torch 2.6 leaves even this one to Python")
+    assert (frames[-1] > frames[0]) == again, frames
+
+
+def test_a_step_leaves_nothing_behind_in_the_hook(row: Row) -> None:
+    """A10, A19: from the second step on, what the projection holds is what it held, so no number in it can change."""
+    s = Run(row).train(1)
+    before = dict(vars(s.optimizer))
+    s.train(2, 1)
+    assert vars(s.optimizer) == before
