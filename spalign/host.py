@@ -189,7 +189,8 @@ def alignment_terms(
     """
     if center_D is None or (rate_N is not None and labels_N is None) or not seen_C.numpy().all():
         return None
-    w_CD, mean, center = weight_CD.detach().numpy(), mean_CD.numpy(), center_D.numpy()
+    # A copy: what numpy has looked at can no longer be resized, and FSDP2 frees gathered parameters by that.
+    w_CD, mean, center = weight_CD.detach().clone().numpy(), mean_CD.numpy(), center_D.numpy()
     info = _INFO[weight_CD.dtype]
     d_CD = mean - center
     dd_C, ww_C, wd_C = _dots(d_CD, d_CD), _dots(w_CD, w_CD), _dots(w_CD, d_CD)

@@ -243,6 +243,13 @@ def test_rounding_takes_no_cosine_beyond_one() -> None:
     assert worst < 1e-6
 
 
+def test_the_weights_storage_can_still_be_resized() -> None:
+    """As FSDP2 does to gathered parameters; what numpy shares memory with cannot."""
+    p = make_problem(5, unseen=(), dtype=torch.float32)
+    assert terms(p) is not None
+    p.w.untyped_storage().resize_(0)
+
+
 def test_soft_labels_are_left_to_the_general_way() -> None:
     p = make_problem(5, unseen=(), dtype=torch.float32)
     assert terms(p, torch.rand(4, 6)) is None

@@ -163,7 +163,7 @@ class Trainer:
             return None
         result = self._result()
         write_result(self.folder / "result.json", result)
-        self.reporter.note(closing_table(result))
+        self.reporter.note(summary(result))
         return result
 
     def _run_epoch(self) -> None:
@@ -317,6 +317,22 @@ class Trainer:
             "data_fingerprint": self.data.fingerprint,
             "environment": self.environment,
         }
+
+
+def summary(result: dict[str, Any]) -> str:
+    """Format a result: the last epoch first, the best epoch only beside it."""
+    name, best = " + ".join([result["method"], *result["strategies"]]), result["accuracy_best"]
+    table = closing_table(
+        f"{result['dataset']}, imbalance {result['imbalance']:g}, {name}, seed {result['seed']}, "
+        f"{result['epochs']} epochs, {result['seconds']:.0f} s",
+        [
+            (f"{result['evaluated_on']} accuracy, last epoch", result["accuracy_last"], ".2f"),
+            ("alignment, running means", result["alignment"], ".4f"),
+            ("alignment, exact means", result["alignment_exact"], ".4f"),
+        ],
+        f"best {best['balanced']:.2f}, epoch {best['epoch']}",
+    )
+    return f"{table}\ntraining accuracy, no augmentation: {result['train_accuracy']:.2f}"
 
 
 def environment(device: torch.device) -> dict[str, Any]:

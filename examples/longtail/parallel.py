@@ -6,6 +6,7 @@ A rank is one process of `torchrun`; without it there is one.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from .baseline import Baseline, Batch, Step
@@ -103,7 +105,12 @@ def world(device: str) -> Iterator[World]:
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     # Objects and the agreement to stop travel by gloo, so that no GPU has to be waited for.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
+    # After a restart torchrun offers the store of before, with addresses of processes that are gone.
+    store, rank, size = next(iter(rendezvous("env://")))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"start-{attempt}", store)  # type: ignore[attr-defined]
+    backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     try:
         yield World(dist.get_rank(), dist.get_world_size(), chosen, grouped=True)
     finally:
@@ -129,7 +136,9 @@ class StepModule(nn.Module):
         if targets is None:
             return self.baseline.predict(images)
         step = self.baseline.step(Batch(images, targets, None if second is None else Batch(*second), counts))
-        return step.loss, step.logits, step.features, step.targets
+        # FSDP2 warns of views, which torchvision's flattened features are.
+        features = step.features.clone() if step.features._is_view() else step.features
+        return step.loss, step.logits, features, step.targets
 
 
 class Spread:
@@ -153,7 +162,9 @@ class Spread:
                 fully_shard(block)
         elif world.grouped:
             # Buffers are shared where they are read: all that differs is running statistics.
-            self._wrapped = DistributedDataParallel(self.module, broadcast_buffers=False)
+            takes = inspect.signature(DistributedDataParallel.__init__).parameters
+            name = "forward_sync_buffers" if "forward_sync_buffers" in takes else "broadcast_buffers"
+            self._wrapped = DistributedDataParallel(self.module, **{name: False})  # type: ignore[arg-type]
 
     def step(self, batch: Batch, *, last: bool) -> Step:
         """Run the step of a micro-batch; `last` of an optimizer step, after which gradients are exchanged."""

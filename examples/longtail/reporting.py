@@ -144,21 +144,15 @@ def write_result(path: Path, result: Mapping[str, Any]) -> None:
     write_atomically(path, lambda file: file.write((json.dumps(result, indent=2) + "\n").encode()))
 
 
-def closing_table(result: Mapping[str, Any]) -> str:
-    """Format a result: the last epoch first, the best epoch only beside it."""
-    name = " + ".join([result["method"], *result["strategies"]])
-    best = result["accuracy_best"]
-    lines = [
-        f"{result['dataset']}, imbalance {result['imbalance']:g}, {name}, seed {result['seed']}, "
-        f"{result['epochs']} epochs, {result['seconds']:.0f} s",
-        f"{'':32}{'all':>8}{'many':>8}{'medium':>8}{'few':>8}",
-    ]
-    for label, key, form in (
-        (f"{result['evaluated_on']} accuracy, last epoch", "accuracy_last", ".2f"),
-        ("alignment, running means", "alignment", ".4f"),
-        ("alignment, exact means", "alignment_exact", ".4f"),
-    ):
-        lines.append(f"{label:32}" + "".join(f"{cell:>8}" for cell in cells(result[key], form)))
-    lines[2] += f"   (best {best['balanced']:.2f}, epoch {best['epoch']})"
-    lines.append(f"training accuracy, no augmentation: {result['train_accuracy']:.2f}")
+def closing_table(title: str, rows: Sequence[tuple[str, Figures, str]], best: str) -> str:
+    """Format what a run ended with.
+
+    Args:
+        title: the first line.
+        rows: label, figures and format of each; the first is the accuracy of the last epoch.
+        best: of the best epoch, put beside that.
+    """
+    lines = [title, f"{'':32}{'all':>8}{'many':>8}{'medium':>8}{'few':>8}"]
+    lines += [f"{label:32}" + "".join(f"{cell:>8}" for cell in cells(figures, form)) for label, figures, form in rows]
+    lines[2] += f"   ({best})"
     return "\n".join(lines)

@@ -61,7 +61,7 @@ def save_sharded(
         temporary.mkdir(parents=True)
     world.barrier()
     model_state, optimizer_state = get_state_dict(module, optimizer)
-    with _alone_or_not():
+    with _quiet():
         save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=temporary)
     if world.first:
         save_checkpoint(temporary / "state.pt", state)
@@ -91,7 +91,7 @@ def load_sharded(path: Path, module: nn.Module, optimizer: Optimizer) -> None:
     """Load network and optimizer, written by any number of ranks."""
     model_state, optimizer_state = get_state_dict(module, optimizer)
     state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
-    with _alone_or_not():
+    with _quiet():
         load(state, checkpoint_id=path)
     set_state_dict(
         module,
@@ -109,10 +109,11 @@ def full_weights(model: nn.Module) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _alone_or_not() -> Iterator[None]:
-    """Let one process without a group use distributed checkpoints, of which PyTorch warns."""
+def _quiet() -> Iterator[None]:
+    """Keep from users what PyTorch says of a process without a group, and of itself (2.6)."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        for message in ("torch.distributed is .*uninitialized", "TypedStorage is deprecated"):
+            warnings.filterwarnings("ignore", message=message)
         yield
 
 

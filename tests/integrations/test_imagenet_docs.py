@@ -21,7 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
-pytest.importorskip("torchvision", reason="torchvision is not installed: pip install -e '.[integrations]'")
+pytest.importorskip("torchvision", reason="torchvision is not installed: pip install -e '.[imagenet]'")
 pytest.importorskip("longtail", reason="the examples are not here")
 
 import imagenet as benchmark

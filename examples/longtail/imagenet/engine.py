@@ -30,7 +30,7 @@ from ..glmc import Pairs, mix_pairs, sampling_weights
 from ..networks import store_channels_last
 from ..parallel import Spread, Stop, World, restarted
 from ..recipes import Schedule
-from ..reporting import Figures, Reporter, accuracy_figures, cells, group_means, write_result
+from ..reporting import Figures, Reporter, accuracy_figures, closing_table, group_means, write_result
 from ..settings import check_same
 from ..sharded import full_weights, load_sharded, newest_checkpoint, read_state, save_sharded
 from .images import Normalise
@@ -202,7 +202,7 @@ class Trainer:
 
     def _place(self, model: nn.Module) -> nn.Module:
         model.to(self.device)
-        if self.settings.channels_last:
+        if self.settings.channels_last and not self.settings.fsdp:  # FSDP2 shards contiguous parameters alone
             store_channels_last(model)
         if self.settings.sync_bn:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -265,7 +265,7 @@ class Trainer:
         if self.world.first:
             save_checkpoint(self.folder / "model.pt", weights)
             write_result(self.folder / "result.json", result)
-            self._note(closing_table(result))
+            self._note(summary(result))
         return result
 
     def _run_epoch(self, stop: Stop) -> bool:
@@ -526,16 +526,15 @@ def synthetic_lists(num_images: int, num_classes: int) -> tuple[ImageList, Image
     return without_files("synthetic", labels_N), without_files("synthetic-test", test_N)
 
 
-def closing_table(result: dict[str, Any]) -> str:
+def summary(result: dict[str, Any]) -> str:
     """Format a result: the last epoch first, the best epoch only beside it."""
-    name = " + ".join([result["method"], *result["strategies"]])
-    best = result["accuracy_best"]
-    lines = [
+    name, best = " + ".join([result["method"], *result["strategies"]]), result["accuracy_best"]
+    return closing_table(
         f"{result['dataset']}, {result['network']}, {name}, seed {result['seed']}, {result['epochs']} epochs, "
         f"{result['seconds']:.0f} s, {result['images_per_second']:.0f} images/s",
-        f"{'':32}{'all':>8}{'many':>8}{'medium':>8}{'few':>8}",
-    ]
-    for label, key, form in (("test accuracy, last epoch", "accuracy_last", ".2f"), ("alignment", "alignment", ".4f")):
-        lines.append(f"{label:32}" + "".join(f"{cell:>8}" for cell in cells(result[key], form)))
-    lines[2] += f"   (best on {result['best_on']} {best['balanced']:.2f}, epoch {best['epoch']})"
-    return "\n".join(lines)
+        [
+            ("test accuracy, last epoch", result["accuracy_last"], ".2f"),
+            ("alignment, running means", result["alignment"], ".4f"),
+        ],
+        f"best on {result['best_on']} {best['balanced']:.2f}, epoch {best['epoch']}",
+    )

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import gzip
 import posixpath
+import re
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -75,11 +77,11 @@ def read_list(path: Path, root: Path, *, num_classes: int | None = None, skip_ba
     problems: list[str] = []
     first_line: dict[str, int] = {}
     try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as text:
-            content = text.read().split("\n")
-    except (gzip.BadGzipFile, EOFError, UnicodeDecodeError) as error:
+        data = path.read_bytes()
+        content = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
+    except (gzip.BadGzipFile, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no list of lines `file label` in UTF-8, plain or gzipped: {error}") from error
-    for number, line in enumerate(content, start=1):
+    for number, line in enumerate(content.split("\n"), start=1):
         if not line.strip():
             continue
         file, label, problem = _parse(line, num_classes)
@@ -93,7 +95,8 @@ def read_list(path: Path, root: Path, *, num_classes: int | None = None, skip_ba
         labels.append(label)
         lines.append(number)
     if problems and not skip_bad:
-        raise ValueError(_report(f"{len(problems)} of {path}'s lines are bad", problems))
+        advice = "Correct them, or leave them out with --skip-bad."
+        raise ValueError(_report(f"{len(problems)} bad lines in {path}", problems, advice))
     if not files:
         raise ValueError(_report(f"{path} lists no image: expected lines `file label`", problems))
     return ImageList(path, root, tuple(files), torch.tensor(labels), tuple(lines), skipped=len(problems))
@@ -101,17 +104,16 @@ def read_list(path: Path, root: Path, *, num_classes: int | None = None, skip_ba
 
 def _parse(line: str, num_classes: int | None) -> tuple[str, int, str]:
     """Return file, label and what is wrong with a line (nothing: an empty text)."""
-    file, _, text = line.strip().replace("\t", " ").rpartition(" ")
-    if not file:
+    parts = line.rsplit(maxsplit=1)
+    if len(parts) < 2:
         return "", 0, "no label; write `file label`"
-    try:
-        label = int(text)
-    except ValueError:
-        return "", 0, f"the label {text!r} is no integer; write `file label`"
-    if label < 0 or (num_classes is not None and label >= num_classes):
-        bound = "0 or more" if num_classes is None else f"0 .. {num_classes - 1}, the training list's classes"
-        return "", 0, f"label {label} is out of range; expected {bound}"
-    file = posixpath.normpath(file.strip())
+    if not re.fullmatch("-?[0-9]{1,18}", parts[1]):
+        return "", 0, f"the label {parts[1]!r} is no integer; write `file label`"
+    label, bound = int(parts[1]), 2**31 if num_classes is None else num_classes
+    if not 0 <= label < bound:
+        classes = "" if num_classes is None else f", the {num_classes} classes of the training list"
+        return "", 0, f"label {label} is out of range; expected 0 .. {bound - 1}{classes}"
+    file = posixpath.normpath(parts[0].strip())
     if file.startswith("/") or file.split("/")[0] == "..":
         return "", 0, "the file lies outside the image folder; write its name relative to that folder"
     return file, label, ""
@@ -127,6 +129,11 @@ def class_counts(labels_N: Tensor, num_classes: int) -> list[int]:
     Raises:
         ValueError: a class has no image.
     """
+    if num_classes > len(labels_N):
+        raise ValueError(
+            f"{num_classes} classes, as the largest label is {num_classes - 1}, but only {len(labels_N)} training "
+            "images: the list is incomplete, or its labels do not count from 0 without gaps"
+        )
     counts: list[int] = torch.bincount(labels_N, minlength=num_classes).tolist()
     missing = [label for label, count in enumerate(counts) if count == 0]
     if missing:
@@ -191,19 +198,17 @@ def _problem(path: Path, *, decode: bool) -> str:
             size = file.seek(0, 2)
             if size == 0:
                 return "is empty"
+            file.seek(max(0, size - _TAIL))
+            tail = file.read()
             file.seek(0)
-            # The formats are named: PIL would otherwise try all it knows, and decode what this project cannot.
+            # The formats are named, as PIL would try all that it knows.
             with Image.open(file, formats=tuple(_ENDS)) as image:
-                width, height = image.size
-                kind = "JPEG" if image.format == "MPO" else str(image.format)
-                file.seek(max(0, size - _TAIL))
-                if _ENDS[kind] not in file.read():
-                    return f"is truncated: no end of a {kind} in its last bytes"
+                kind = "PNG" if image.format == "PNG" else "JPEG"  # some cameras' JPEGs are MPO to PIL
+                if _ENDS[kind] not in tail:
+                    return f"is truncated: no end of a {kind} in its last {len(tail)} bytes"
                 if decode:
-                    file.seek(0)
-                    with Image.open(file, formats=tuple(_ENDS)) as whole:
-                        whole.convert("RGB")
-            return "" if width and height else "has no pixels"
+                    image.convert("RGB")
+        return ""
     except FileNotFoundError:
         return "is missing"
     except UnidentifiedImageError:

@@ -9,6 +9,7 @@ Shapes: N images (of the list, or of a batch), R pixels a side, C classes.
 from __future__ import annotations
 
 import io
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -85,10 +86,11 @@ class Plan:
             raise ValueError(f"rank is {self.rank}; expected 0 .. {self.ranks - 1}, as there are {self.ranks} ranks")
         smallest = self.num_images // self.steps // self._parts
         if smallest < 2:
+            larger = f"a batch size of {4 * self._parts} or more, " if self.num_images >= 2 * self._parts else ""
             raise ValueError(
                 f"{self.num_images} images in steps of at most {self.batch_size}, each divided into {self.ranks} ranks "
                 f"x {self.accumulate} micro-batches, leave {smallest} images in some: batch normalisation needs 2. "
-                f"Use a batch size of {3 * self._parts} or more, fewer micro-batches or fewer processes."
+                f"Use {larger}fewer micro-batches or fewer processes."
             )
 
     @property
@@ -246,6 +248,14 @@ def _plain(file: bytes) -> bool:
         return False  # decoding it on the CPU will say what is wrong
 
 
+def _outlive_sigterm(worker: int) -> None:
+    """Leave SIGTERM, which schedulers send to every process, to the main process: it needs its workers until it saves.
+
+    Workers end when that one tells them to, or is gone.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def _same(batch: T) -> T:
     return batch
 
@@ -283,6 +293,8 @@ class _Pipeline(Generic[T]):
             pin_memory=pin_memory,
             prefetch_factor=prefetch if workers else None,
             persistent_workers=persistent and workers > 0,
+            worker_init_fn=_outlive_sigterm,
+            generator=torch.Generator(),  # or every epoch would move the global one on
         )
 
     def run(self, requests: Sequence[T]) -> Iterator[Any]:
@@ -296,13 +308,16 @@ class _Pipeline(Generic[T]):
         self._requests.items = requests
         start = time.perf_counter()
         answers = iter(self._loader)
-        for _ in requests:
-            answer = next(answers)
-            self.waited_seconds += time.perf_counter() - start
-            if isinstance(answer, BadImage):
-                raise answer
-            yield answer
-            start = time.perf_counter()
+        try:
+            for _ in requests:
+                answer = next(answers)
+                self.waited_seconds += time.perf_counter() - start
+                if isinstance(answer, BadImage):
+                    raise answer
+                yield answer
+                start = time.perf_counter()
+        finally:
+            del answers  # ends workers that are not persistent, even while a traceback keeps this frame
 
     def close(self) -> None:
         """End the workers."""
