@@ -58,6 +58,8 @@ from longtail.networks import CifarResNet  # noqa: E402
 Call = Callable[[], object]
 MODES: dict[str, float | None] = {"EMA": 0.1, "cumulative": None}
 STEPS_PER_EPOCH = 85  # CIFAR-100-LT, imbalance 100, batches of 128
+TRACKER, REGULARISER = "tracker alone", "tracker and regulariser with its backward"
+PROJECTION, ROTATION = "projection", "SLERP, once per epoch"
 
 
 @dataclass
@@ -353,6 +355,39 @@ class NoOptimizer(torch.optim.Optimizer):
         pass
 
 
+def method_parts(
+    n: int, c: int, d: int, device: torch.device, *, dtype: torch.dtype = torch.float32, compiled: str | None = None
+) -> dict[str, Call]:
+    """Return the parts of the method, each by itself, through the public classes.
+
+    Args:
+        n, c, d: N, C, D.
+        device, dtype: of the features.
+        compiled: name under which the regulariser is also returned compiled; None for not.
+    """
+    # A layer of its own: the method's cost must not depend on what a network is doing to its weight meanwhile.
+    fc = nn.Linear(d, c).to(device)
+    h_ND = torch.randn(n, d, device=device, dtype=dtype, requires_grad=True)
+    for leaf in (fc.weight, fc.bias, h_ND):
+        leaf.grad = torch.randn_like(leaf) * 1e-3  # cross-entropy's, which the regulariser's is added to
+    tracker, batches = warm_tracker(c, d, 0.1, device), label_batches(n, c, 16, device)
+    spareg = spalign.SpARegLoss(fc, tracker)
+
+    def regularise(term: Callable[[Tensor, Tensor], Tensor], y_N: Tensor) -> None:
+        (0.1 * term(h_ND, y_N)).backward()
+
+    parts: dict[str, Call] = {
+        TRACKER: Cycle(partial(tracker.update, h_ND), batches),
+        REGULARISER: Cycle(partial(regularise, spareg), batches),
+    }
+    if compiled is not None:
+        fused = torch.compile(spareg, fullgraph=True, dynamic=False)
+        parts[compiled] = Cycle(partial(regularise, fused), batches)
+    parts[PROJECTION] = spalign.SpAProj(NoOptimizer(fc.parameters(), {}), fc, tracker, gamma=0.5).step
+    parts[ROTATION] = spalign.SpASlerp(fc, tracker, total_steps=10**6, alpha_max=0.01).step
+    return parts
+
+
 def measure_step(clock: Clock) -> list[Row]:
     """Time each part of the method by itself, through the public classes, against a training step of ResNet-32."""
     n, c = 128, 100
@@ -365,35 +400,14 @@ def measure_step(clock: Clock) -> list[Row]:
         F.cross_entropy(model(images_N3HW), y_N).backward()
         sgd.step()
 
-    # A layer of its own: the method's cost must not depend on what the network is doing to its weight meanwhile.
-    fc = nn.Linear(model.classifier.in_features, c).to(clock.device)
-    h_ND = torch.randn(n, fc.in_features, device=clock.device, requires_grad=True)
-    for leaf in (fc.weight, fc.bias, h_ND):
-        leaf.grad = torch.randn_like(leaf) * 1e-3  # cross-entropy's, which the regulariser's is added to
-    tracker = warm_tracker(c, fc.in_features, 0.1, clock.device)
-    spareg = spalign.SpARegLoss(fc, tracker)
-    compiled = torch.compile(spareg, fullgraph=True, dynamic=False)
-    projected = spalign.SpAProj(NoOptimizer(fc.parameters(), {}), fc, tracker, gamma=0.5)
-    slerp = spalign.SpASlerp(fc, tracker, total_steps=10**6, alpha_max=0.01)
-
-    def regularise(term: Callable[[Tensor, Tensor], Tensor], y_N: Tensor) -> None:
-        (0.1 * term(h_ND, y_N)).backward()
-
     tqdm.write("compiling: SpARegLoss", file=sys.stderr)
-    alone, eager, fused = "tracker alone", "tracker and regulariser with its backward", "the same, SpARegLoss compiled"
-    projection, rotation = "projection", "SLERP, once per epoch"
-    parts: dict[str, Call] = {
-        alone: Cycle(partial(tracker.update, h_ND), batches),
-        eager: Cycle(partial(regularise, spareg), batches),
-        fused: Cycle(partial(regularise, compiled), batches),
-        projection: projected.step,
-        rotation: slerp.step,
-    }
+    fused = "the same, SpARegLoss compiled"
+    parts = method_parts(n, c, model.classifier.in_features, clock.device, compiled=fused)
     seconds = clock.medians({"step": Cycle(step, batches), **parts}, "ResNet-32")
-    seconds[rotation] /= STEPS_PER_EPOCH
-    totals = {"everything together": eager, "everything together, SpARegLoss compiled": fused}
+    seconds[ROTATION] /= STEPS_PER_EPOCH
+    totals = {"everything together": REGULARISER, "everything together, SpARegLoss compiled": fused}
     for total, regulariser in totals.items():
-        seconds[total] = seconds[regulariser] + seconds[projection] + seconds[rotation]
+        seconds[total] = seconds[regulariser] + seconds[PROJECTION] + seconds[ROTATION]
     return [
         Row(
             f"share of a ResNet-32 training step (eager, {n} x 32 x 32, C = {c})",
@@ -421,7 +435,7 @@ def commit() -> str:
     head = git("rev-parse", "--short=12", "HEAD")
     if head is None:
         return "unknown"
-    changed = git("status", "--porcelain", "--", "spalign", "benchmarks/overhead.py", "examples/longtail/networks.py")
+    changed = git("status", "--porcelain", "--", "spalign", "benchmarks/*.py", "examples")
     return f"{head} with uncommitted changes" if changed else head
 
 
@@ -446,7 +460,7 @@ def conditions(args: argparse.Namespace, device: torch.device) -> dict[str, str]
         "commit": commit(),
         "seed": str(args.seed),
         "rounds": str(args.rounds),
-        "command": shlex.join(["python", "benchmarks/overhead.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
     }
 
 
@@ -464,8 +478,8 @@ def terminal_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def markdown(rows: Sequence[Row], about: dict[str, str]) -> str:
-    lines = [f"# Overhead, {about['date']}, {about['device']}", ""]
+def markdown(rows: Sequence[Row], about: dict[str, str], title: str) -> str:
+    lines = [f"# {title}, {about['date']}, {about['device']}", ""]
     lines += [f"- {key}: `{value}`" if key == "command" else f"- {key}: {value}" for key, value in about.items()]
     lines += ["", "Ratios of medians of interleaved calls in one run; the docstring of the script says how.", ""]
     measure = ""
@@ -484,14 +498,33 @@ def markdown(rows: Sequence[Row], about: dict[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def write_record(rows: Sequence[Row], about: dict[str, str], args: argparse.Namespace, name: str, title: str) -> None:
+    """Print the rows, and write `DATE-NAME-DEVICE.json` and `.md` to the output folder."""
+    print(f"{about['device']}, {about['threads']} thread(s), torch {about['torch']}, spalign at {about['commit']}")
+    print(terminal_table(rows))
+    args.output.mkdir(parents=True, exist_ok=True)
+    stem = f"{about['date']}-{name}-{torch.device(args.device).type}" + ("-quick" if args.quick else "")
+    record = {"about": about, "rows": [{**asdict(row), "verdict": row.verdict} for row in rows]}
+    (args.output / f"{stem}.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    (args.output / f"{stem}.md").write_text(markdown(rows, about, title), encoding="utf-8")
+    verdicts = [row.verdict for row in rows if row.verdict]
+    missed, goals = verdicts.count("MISSED"), len(verdicts)
+    print(f"\n{missed} of {goals} goals missed. Written: {args.output / stem}.json and .md")
+
+
+def common_parser(description: str | None, *, rounds: int, quick: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the records")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:1")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads, default %(default)s")
-    parser.add_argument("--rounds", type=int, default=15, help="of which medians are taken, default %(default)s")
+    parser.add_argument("--rounds", type=int, default=rounds, help="of which medians are taken, default %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of labels and features, default %(default)s")
-    parser.add_argument("--quick", action="store_true", help="3 rounds, no large sizes: whether it runs, not how fast")
+    parser.add_argument("--quick", action="store_true", help=quick)
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, torch.device]:
+    """Parse and check the common options, and set threads and seed."""
     args = parser.parse_args()
     for name, value in (("threads", args.threads), ("rounds", args.rounds)):
         if value < 1:
@@ -504,28 +537,22 @@ def main() -> None:
         parser.error(f"--device is {args.device!r}, expected cpu, cuda or cuda:N")
     if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
         parser.error(f"--device is {args.device!r}, expected cpu, or cuda where torch finds a device")
-    if args.quick:
-        args.rounds = 3
-
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
+    return args, device
+
+
+def main() -> None:
+    parser = common_parser(__doc__, rounds=15, quick="3 rounds, no large sizes: whether it runs, not how fast")
+    args, device = parse(parser)
+    if args.quick:
+        args.rounds = 3
     clock = Clock(device, args.rounds)
     rows: list[Row] = []
     for measurement in (measure_tracker, measure_scaling, measure_rows):
         rows += measurement(clock, args.quick)
     rows += measure_step(clock)
-
-    about = conditions(args, device)
-    print(f"{about['device']}, {about['threads']} thread(s), torch {about['torch']}, spalign at {about['commit']}")
-    print(terminal_table(rows))
-    args.output.mkdir(parents=True, exist_ok=True)
-    stem = f"{about['date']}-overhead-{device.type}" + ("-quick" if args.quick else "")
-    record = {"about": about, "rows": [{**asdict(row), "verdict": row.verdict} for row in rows]}
-    (args.output / f"{stem}.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    (args.output / f"{stem}.md").write_text(markdown(rows, about), encoding="utf-8")
-    verdicts = [row.verdict for row in rows if row.verdict]
-    missed, goals = verdicts.count("MISSED"), len(verdicts)
-    print(f"\n{missed} of {goals} goals missed. Written: {args.output / stem}.json and .md")
+    write_record(rows, conditions(args, device), args, "overhead", "Overhead")
 
 
 if __name__ == "__main__":

@@ -514,7 +514,7 @@ def fingerprint(images: ImageList) -> str:
 def synthetic_lists(num_images: int, num_classes: int) -> tuple[ImageList, ImageList]:
     """Return lists without files: training labels of ImageNet-LT's imbalance, and a few test labels a class."""
     share_C = 256.0 ** -(torch.arange(num_classes) / max(num_classes - 1, 1))
-    counts_C = (share_C / share_C.sum() * num_images).long().clamp(min=1)
+    counts_C = 1 + (share_C / share_C.sum() * (num_images - num_classes)).long()
     counts_C[0] += num_images - counts_C.sum()
     labels_N = torch.repeat_interleave(torch.arange(num_classes), counts_C)
     test_N = torch.arange(num_classes).repeat_interleave(SYNTHETIC_PER_CLASS)

@@ -31,29 +31,34 @@ def read_results(folders: Sequence[Path]) -> list[dict[str, Any]]:
     """Read `result.json` of each folder.
 
     Raises:
-        ValueError: a folder has none, two runs are the same, or runs of one method differ in more than seed and
-            strategies.
+        ValueError: a folder has none, two runs are the same, runs of one method differ in more than seed and
+            strategies, or runs of one row in the strategies' hyper-parameters.
     """
     results: list[dict[str, Any]] = []
-    first: dict[str, tuple[Path, dict[str, Any]]] = {}
+    first: dict[tuple[str, ...], tuple[Path, dict[str, Any]]] = {}
     seen: dict[tuple[Any, ...], Path] = {}
     for folder in folders:
         path = folder / "result.json"
         if not path.exists():
             raise ValueError(f"{folder} has no result.json: the run has not finished, or this is no run's folder")
         result = json.loads(path.read_text())
-        key = (result["method"], "+".join(result["strategies"]), result["seed"])
+        method, strategies, options = result["method"], result["strategies"], result["options"]
+        recipe = {name: value for name, value in options.items() if name not in (*ALIGNMENT, "seed")}
+        compared = [((method,), recipe, "a baseline and its variants share the recipe")]
+        if strategies:
+            chosen = {name: options.get(name) for name in ALIGNMENT}
+            compared.append(((method, *strategies), chosen, "a row has one choice of hyper-parameters"))
+        for group, values, rule in compared:
+            other, expected = first.setdefault(group, (folder, values))
+            differing = [name for name in {**expected, **values} if values.get(name) != expected.get(name)]
+            if differing:
+                raise ValueError(
+                    f"{folder} and {other} differ in --{', --'.join(differing)}: {rule}; report them apart"
+                )
+        key = (method, "+".join(strategies), result["seed"])
         if key in seen:
             raise ValueError(f"{folder} and {seen[key]} hold the same run, {key}: leave one out")
         seen[key] = folder
-        recipe = {name: value for name, value in result["options"].items() if name not in (*ALIGNMENT, "seed")}
-        other, expected = first.setdefault(result["method"], (folder, recipe))
-        differing = [name for name in {**expected, **recipe} if recipe.get(name) != expected.get(name)]
-        if differing:
-            raise ValueError(
-                f"{folder} and {other} differ in --{', --'.join(differing)}: a baseline and its variants share the "
-                "recipe; report them apart"
-            )
         results.append(result)
     return results
 
