@@ -12,6 +12,7 @@ import io
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.util import Finalize
@@ -255,6 +256,21 @@ def _outlive_sigterm(worker: int) -> None:
     Workers end when that one tells them to, or is gone.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
+@contextmanager
+def _sigterm_later() -> Iterator[None]:
+    """Hold SIGTERM back in this process, and in workers that start meanwhile until they ignore it."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows, which sends none
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _same(batch: T) -> T:
@@ -312,7 +328,8 @@ class _Pipeline(Generic[T]):
             raise RuntimeError("the loader is closed")
         self._requests.items = requests
         start = time.perf_counter()
-        answers = iter(self._loader)
+        with _sigterm_later():
+            answers = iter(self._loader)
         self._running[:] = [answers]
         try:
             for _ in requests:
