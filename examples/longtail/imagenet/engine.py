@@ -207,7 +207,8 @@ class Trainer:
         if self.settings.sync_bn:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         if self.settings.compile:
-            model.get_submodule("backbone").compile()
+            # Batches have two or three sizes, and a kernel for each is quicker than one for all.
+            model.get_submodule("backbone").compile(dynamic=False)
         return model
 
     def _loader(self) -> TrainLoader | SyntheticLoader:
