@@ -90,7 +90,7 @@ def update_class_means_(
         if mean_sum_D is not None:
             np.add.reduce(mean, 0, np.float64, out=mean_sum_D.numpy())
     else:
-        rate_N = _by_class_(mean, weight, mean_sum_D, h_ND, labels, momentum)
+        rate_N = _by_class_(mean_CD, weight, mean_sum_D, h_ND, labels, momentum)
         if not mean_CD.is_inference():  # autograd has not seen numpy write
             torch.autograd.graph.increment_version(mean_CD)
     return torch.from_numpy(rate_N)
@@ -118,7 +118,7 @@ def _rows_(
 
 
 def _by_class_(
-    mean: _Floats,
+    mean_CD: Tensor,
     weight: _Floats,
     mean_sum_D: Tensor | None,
     h_ND: _Floats,
@@ -126,6 +126,7 @@ def _by_class_(
     momentum: float | None,
 ) -> _Floats:
     """Move by ``n r (batch mean - mean)`` for each class in the batch: every sample, and every mean, is read once."""
+    mean = mean_CD.numpy()
     order_N = labels.argsort()
     sorted_N = labels[order_N]
     start_K = np.flatnonzero(np.concatenate(([True], sorted_N[1:] != sorted_N[:-1])))
@@ -141,6 +142,7 @@ def _by_class_(
 
     weight[class_K] = before_K + count_K
     step = max(1, _BLOCK // mean.shape[1])
+    one_each = torch.arange(min(step, len(class_K)))
     for k in range(0, len(class_K), step):
         classes = class_K[k : k + step]
         begin, end = int(start_K[k]), int(start_K[k + step]) if k + step < len(start_K) else len(labels)
@@ -148,7 +150,8 @@ def _by_class_(
         moved_KD = torch.embedding_bag(
             features, order[begin:end], start[k : k + step] - begin, per_sample_weights=per_sample_N[begin:end]
         )[0]
-        before_KD = torch.from_numpy(mean.take(classes, 0))
+        # Sums of one row each: unlike take, it fetches rows ahead, which of many classes are not in the cache.
+        before_KD = torch.embedding_bag(mean_CD, torch.from_numpy(classes), one_each[: len(classes)])[0]
         torch.lerp(before_KD, moved_KD, part_K1[k : k + step], out=moved_KD)
         mean[classes] = moved_KD.numpy()
         if mean_sum_D is not None:
