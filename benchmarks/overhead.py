@@ -539,7 +539,7 @@ def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, torch.de
         parser.error(f"--device is {args.device!r}, expected cpu, or cuda where torch finds a device")
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    return args, device
+    return args, torch.empty(0, device=device).device  # by its number, which set_device insists on
 
 
 def main() -> None:

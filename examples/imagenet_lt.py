@@ -65,7 +65,6 @@ def build_parser() -> argparse.ArgumentParser:
     recipe.add_argument("--warmup-epochs", type=int)
     recipe.add_argument("--schedule", choices=SCHEDULES)
     recipe.add_argument("--mixup", type=float, metavar="ALPHA", help="Beta(ALPHA, ALPHA); 0 for none")
-    recipe.add_argument("--augmentation", choices=("standard", "glmc"))
 
     method = parser.add_argument_group("method", "what is left out keeps the method's own value")
     method.add_argument("--method", choices=tuple(METHOD_RECIPES), default="ce", help="baseline (default ce)")
@@ -110,8 +109,6 @@ def settings_from(args: argparse.Namespace) -> ImageNetSettings:
             raise ValueError(f"{names} missing: say where the images and their lists are, or use --data synthetic")
     name = args.recipe or METHOD_RECIPES[args.method]
     recipe = RECIPES[name]
-    if args.method == "glmc":
-        recipe = replace(recipe, augmentation="glmc")
     given = {field.name: getattr(args, field.name, None) for field in fields(ImageNetRecipe)}
     recipe = replace(recipe, **{key: value for key, value in given.items() if value is not None})
     method_names = [field.name for field in fields(MethodOptions) if hasattr(args, field.name)]

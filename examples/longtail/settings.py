@@ -145,20 +145,19 @@ class Settings:
 
 
 def torch_device(name: str) -> torch.device:
-    """Return the device of an option: `auto`, `cpu`, `cuda` or `cuda:1`.
+    """Return the device of an option, `auto`, `cpu`, `cuda` or `cuda:1`, by its number.
 
     Raises:
         ValueError: there is no such device here.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
+        # A tensor's device has a number, which set_device insists on.
+        return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device is {name!r}, which cannot be used here ({reason}); try cpu") from error
-    return device
 
 
 def check_same(now: Mapping[str, Any], before: Mapping[str, Any]) -> None:

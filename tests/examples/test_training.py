@@ -11,6 +11,7 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cifar_lt
@@ -20,6 +21,7 @@ from longtail.data import long_tail_counts
 from longtail.engine import Trainer, TrainingError
 from longtail.networks import CifarResNet
 from longtail.reporting import accuracy_figures, group_means, read_records
+from longtail.settings import torch_device
 from torch import Tensor
 
 Options = Callable[..., list[str]]
@@ -415,3 +417,12 @@ def test_group_figures() -> None:
     }
     means = group_means(torch.tensor([0.5, -1.0, 0.25]), torch.tensor([True, False, True]), groups)
     assert means == {"all": 0.375, "many": 0.5, "medium": 0.25, "few": None}
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda"])
+def test_a_gpu_is_named_by_its_number(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.cuda.set_device` refuses a device without one, so no run could have begun; a GPU is pretended here."""
+    first = torch.device("cuda:0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "empty", lambda *_, **options: SimpleNamespace(device=first))
+    assert torch_device(name).index == 0

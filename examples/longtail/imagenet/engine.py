@@ -218,7 +218,7 @@ class Trainer:
             weights_N = sampling_weights(self.train_images.labels_N, self.counts, glmc_options(settings).resample)
         shared: dict[str, Any] = {
             "seed": settings.seed,
-            "kind": "glmc" if settings.method == "glmc" else "standard",
+            "kind": "glmc" if settings.method == "glmc" else "standard",  # looks and augmentation go with the method
             "resolution": recipe.resolution,
             "device": self.device,
             "other_weights_N": weights_N,

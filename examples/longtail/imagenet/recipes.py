@@ -19,7 +19,6 @@ class ImageNetRecipe:
             ranks together.
         warmup_epochs, schedule: see `longtail.recipes.Schedule`.
         mixup: parameter alpha of Beta(alpha, alpha); 0 for none.
-        augmentation: `standard` or `glmc`, see `images.training_transform`.
         resolution: side of the crops in pixels.
     """
 
@@ -32,7 +31,6 @@ class ImageNetRecipe:
     warmup_epochs: int = 0
     schedule: str = "epoch-cosine"
     mixup: float = 0.0
-    augmentation: str = "standard"
     resolution: int = 224
 
 
@@ -52,7 +50,6 @@ RECIPES = {
         batch_size=120,
         weight_decay=2e-4,
         warmup_epochs=10,
-        augmentation="glmc",
     ),
     # Minutes on a CPU: a small network on small images. Ours, not published.
     "small": ImageNetRecipe(network="resnet10", epochs=10, batch_size=32, lr=0.05, warmup_epochs=1, resolution=64),

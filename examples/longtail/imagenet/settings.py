@@ -140,8 +140,6 @@ class ImageNetSettings:
         check_fixed_head(self.alignment, METHODS[self.method].fixed_head)
         if recipe.mixup and self.method == "glmc":
             raise ValueError(f"--mixup {recipe.mixup} is not for glmc, which mixes by itself: use 0")
-        if self.method == "glmc" and recipe.augmentation != "glmc":
-            raise ValueError("glmc needs its own augmentation, two looks at every image: use --augmentation glmc")
         if recipe.schedule == "glmc-published" and not recipe.warmup_epochs:
             raise ValueError("--schedule glmc-published is a warm-up's quirk: set --warmup-epochs, published 10")
         if self.fsdp and self.amp == "fp16":
