@@ -17,12 +17,37 @@ hypothesis.settings.register_profile("spalign", deadline=None, derandomize=True,
 hypothesis.settings.load_profile("spalign")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--pretend-gpu",
+        action="store_true",
+        help="run the tests of a GPU on a pretended one: shows slips in code and tests, and nothing of CUDA's numbers",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip what needs a GPU where there is none."""
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        marker = item.get_closest_marker("gpu")
+        if marker is None:
+            continue
+        if not config.getoption("--pretend-gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        elif marker.kwargs.get("real"):
+            item.add_marker(pytest.mark.skip(reason="needs a real CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _pretended_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
+    if torch.cuda.is_available() or not request.node.get_closest_marker("gpu"):
+        yield
+        return
+    from pretended_gpu import pretended_gpu
+
+    with pretended_gpu():
+        yield
 
 
 @pytest.fixture(autouse=True)

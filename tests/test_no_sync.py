@@ -15,32 +15,13 @@ from typing import Any
 
 import pytest
 import torch
+from operations import host_reads, name_of
 from problems import HEADS, make_batch, make_problem
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import spalign
 from spalign import functional as F
-
-# Operations that read a value on the host, or whose result has a size that depends on values.
-FORBIDDEN = (
-    "_local_scalar_dense",
-    "nonzero",
-    "nonzero_numpy",
-    "argwhere",
-    "masked_select",
-    "unique",
-    "_unique",
-    "_unique2",
-    "unique_dim",
-    "unique_consecutive",
-    "bincount",
-    "histc",
-    "is_nonzero",
-    "equal",
-    "repeat_interleave",
-    "_assert_async",
-)
 
 
 class Recorder(TorchDispatchMode):
@@ -53,14 +34,8 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation and note its name."""
-        name = func._schema.name.split("::")[1].rstrip("_")  # in-place forms too
-        self.operations.append(name)
-        if name in FORBIDDEN:
-            self.syncs.append(name)
-        if name in ("index", "index_put", "_index_put_impl", "_unsafe_index"):
-            indices = args[1] or ()
-            if any(isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) for i in indices):
-                self.syncs.append(f"{name} by a mask")
+        self.operations.append(name_of(func))
+        self.syncs += host_reads(func, args)
         return func(*args, **(kwargs or {}))
 
 

@@ -279,6 +279,7 @@ def test_results_equal_the_reference() -> None:
         np.testing.assert_allclose(tracker.mean.cpu().numpy(), want, **close)
 
 
+@pytest.mark.gpu(real=True)
 def test_inductor_on_the_device() -> None:
     """The fused kernels of the compiled functionals give the eager numbers."""
     p = make_problem(1, num_classes=C, dim=D, dtype=torch.float32)

@@ -19,6 +19,7 @@ import pytest
 import torch
 from imagenet_ranks import COUNTS, EXAMPLES, SECONDS, Ranks, make_tree, options
 from packaging.version import Version
+from pretended_gpu import pretended_gpu
 from torch import Tensor
 
 pytest.importorskip("torchvision", reason="torchvision is not installed: pip install -e '.[imagenet]'")
@@ -31,7 +32,7 @@ import imagenet_lt
 from longtail.baseline import Batch
 from longtail.ce import CrossEntropy
 from longtail.etf_dr import EtfDotRegression
-from longtail.imagenet.engine import EpochDraws
+from longtail.imagenet.engine import EpochDraws, Trainer
 from longtail.imagenet.loader import Plan, TrainLoader
 
 METHODS = {
@@ -256,12 +257,34 @@ def test_every_strategy_acts_on_the_same_start_and_batches(
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("more", ["--amp bf16 --compile --method glmc", "--amp fp16", "--amp bf16 --method etf-dr"])
+@pytest.mark.parametrize("more", ["--amp bf16 --method glmc", "--amp fp16", "--amp bf16 --method etf-dr --mixup 0.2"])
 def test_a_gpu_trains(more: str, command: Callable[..., list[str]], tmp_path: Path) -> None:
     arguments = ("--device cuda --spareg 0.3 --epochs 2", more)
     assert train([one for one in command("run", *arguments) if one != "--deterministic"]) == 0
     assert len(records(tmp_path / "run")) == 2
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_between_an_epoch_s_first_and_last_step_nothing_waits_for_the_device(
+    method: str, command: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a pretended GPU: neither the step, nor the loader, nor the progress line, nor the question whether to stop."""
+    waits: list[list[str]] = []
+    real = Trainer._train_step
+    with pretended_gpu() as gpu:
+
+        def watched(trainer: Trainer, step: int, *args: Any) -> None:
+            if step == 0:
+                gpu.waits.clear()
+            real(trainer, step, *args)
+            if step == trainer.plan.steps - 1:
+                waits.append(list(gpu.waits))
+
+        monkeypatch.setattr(Trainer, "_train_step", watched)
+        arguments = (METHODS[method], "--device cuda --accumulate 2 --clip-norm 1 --checkpoint-steps 0 --epochs 2")
+        without = ("--deterministic", "--quiet")
+        assert train([one for one in command("run", "--method", method, *arguments) if one not in without]) == 0
+    assert waits == [[], []]
 
 
 @pytest.mark.skipif(Version(torch.__version__) < Version("2.7"), reason="FSDP2 of torch 2.6 does not run on the CPU")
