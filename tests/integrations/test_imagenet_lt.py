@@ -34,6 +34,9 @@ from longtail.etf_dr import EtfDotRegression
 from longtail.imagenet.engine import EpochDraws
 from longtail.imagenet.loader import Plan, TrainLoader
 
+# Python 3.12 and later say so of every fork of a process with threads, which is how loader workers start.
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+
 METHODS = {
     "ce": "--spareg 0.3 --spaslerp --spaproj",
     "etf-dr": "--spareg 0.3 --mixup 0.2",
