@@ -330,6 +330,8 @@ def test_a_validation_list_is_looked_at_between_epochs_and_the_test_list_at_the_
 BAD = {
     "no lists": ("--data-dir . --recipe small", "--train-list, --test-list missing"),
     "network": ("--recipe small --lr 0", "--lr is 0.0; expected more than 0"),
+    "warm-up": ("--warmup-epochs 3", "--warmup-epochs is 3; expected 0 or more and less than the 3 epochs"),
+    "accumulate": ("--accumulate 13", "--accumulate is 13; expected 1 to the batch size, 12"),
     "fixed head": ("--method etf-dr --spaproj", "fixed simplex"),
     "glmc mixes": ("--method glmc --mixup 0.2", "--mixup 0.2 is not for glmc"),
     "fsdp": ("--fsdp", "start with torchrun"),
