@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,6 +30,8 @@ WHERE_AND_HOW = (
     "quiet",
     "stop_after_epochs",
 )
+
+CUBLAS_WORKSPACES = (":4096:8", ":16:8")  # with which cuBLAS repeats itself
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,27 @@ def torch_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device is {name!r}, which cannot be used here ({reason}); try cpu") from error
+
+
+def choose_algorithms(device: torch.device, *, deterministic: bool = False) -> None:
+    """Let a GPU try which convolutions are quickest for the few shapes of a run, or use what repeats itself alone.
+
+    To be called before the device multiplies anything: cuBLAS reads the environment once.
+
+    Raises:
+        ValueError: the environment sets cuBLAS up so that it does not repeat itself.
+    """
+    gpu = device.type == "cuda"
+    if deterministic and gpu:
+        workspace = os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACES[0])
+        if workspace not in CUBLAS_WORKSPACES:
+            raise ValueError(
+                f"CUBLAS_WORKSPACE_CONFIG is {workspace!r}, and --deterministic needs {' or '.join(CUBLAS_WORKSPACES)} "
+                "on a GPU: set one of them, or leave it unset"
+            )
+    if deterministic:
+        torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = gpu and not deterministic
 
 
 def check_same(now: Mapping[str, Any], before: Mapping[str, Any]) -> None:

@@ -31,8 +31,9 @@ import imagenet_lt
 from longtail.baseline import Batch
 from longtail.ce import CrossEntropy
 from longtail.etf_dr import EtfDotRegression
-from longtail.imagenet.engine import EpochDraws
+from longtail.imagenet.engine import EpochDraws, Trainer
 from longtail.imagenet.loader import Plan, TrainLoader
+from longtail.parallel import World
 
 # Python 3.12 and later say so of every fork of a process with threads, which is how loader workers start.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
@@ -256,6 +257,33 @@ def test_every_strategy_acts_on_the_same_start_and_batches(
             assert torch.equal(a, b)
     for a, b in itertools.combinations(ended.values(), 2):
         assert not torch.equal(a, b)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_algorithms_are_chosen_before_anything_is_built(
+    deterministic: bool, command: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For its own device, and as `--deterministic` says; what is wrong there is a bad option."""
+
+    def refuse(device: torch.device, **chosen: bool) -> None:
+        raise ValueError(f"{device.type} {chosen}")
+
+    monkeypatch.setattr("longtail.imagenet.engine.choose_algorithms", refuse)
+    argv = [one for one in command("run") if deterministic or one != "--deterministic"]
+    settings = imagenet_lt.settings_from(imagenet_lt.build_parser().parse_args(argv))
+    with pytest.raises(ValueError, match=rf"cuda {{'deterministic': {deterministic}}}"):
+        Trainer(settings, World(0, 1, torch.device("cuda", 0), grouped=False))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_repeats_itself(command: Callable[..., list[str]], tmp_path: Path) -> None:
+    """By processes of its own: cuBLAS reads once how it is to be set up."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *sys.path])}
+    for run in ("one", "other"):
+        argv = command(run, "--device cuda --spareg 0.3 --spaslerp --spaproj --epochs 2")
+        subprocess.run([sys.executable, str(EXAMPLES / "imagenet_lt.py"), *argv], env=environment, check=True)
+    assert_same(tmp_path / "one", tmp_path / "other")
 
 
 @pytest.mark.gpu
