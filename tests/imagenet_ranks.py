@@ -53,7 +53,6 @@ def options(tree: Path, output: Path, *more: str) -> list[str]:
 def main(environment: dict[str, str], argv: list[str]) -> None:
     """Be one process."""
     os.environ.update(environment)
-    multiprocessing.set_start_method("fork", force=True)  # of loader workers, as where torchrun starts this
     sys.path.insert(0, str(EXAMPLES))
     import imagenet_lt
 

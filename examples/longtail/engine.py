@@ -26,7 +26,7 @@ from .data import MEAN, STD, Images, Labels, find_folder, load_dataset
 from .methods import build
 from .recipes import Schedule
 from .reporting import Figures, Reporter, accuracy_figures, closing_table, group_means, write_result
-from .settings import Settings, check_same, torch_device
+from .settings import Settings, check_same, choose_algorithms, torch_device
 from .step import TrainingStep
 
 AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -58,6 +58,7 @@ class Trainer:
         self.device = torch_device(settings.device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # a CUDA graph is captured on the current device
+        choose_algorithms(self.device)
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         self.folder = settings.output_dir

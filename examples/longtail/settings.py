@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,6 +15,9 @@ from .alignment import AlignmentOptions
 from .data import ARCHIVES
 from .methods import METHODS, MethodOptions, check_options
 from .recipes import SCHEDULES, Recipe
+
+if TYPE_CHECKING:
+    from .imagenet.settings import ImageNetSettings
 
 WHERE_AND_HOW = (
     "data_dir",
@@ -26,6 +30,8 @@ WHERE_AND_HOW = (
     "quiet",
     "stop_after_epochs",
 )
+
+CUBLAS_WORKSPACES = (":4096:8", ":16:8")  # with which cuBLAS repeats itself
 
 
 @dataclass(frozen=True)
@@ -86,51 +92,19 @@ class Settings:
     stop_after_epochs: int | None = None
 
     def __post_init__(self) -> None:
-        recipe, alignment = self.recipe, self.alignment
         check("dataset", self.dataset, self.dataset in ARCHIVES, f"one of {', '.join(ARCHIVES)}")
         check("imbalance", self.imbalance, 1 <= self.imbalance < math.inf, "1 or more")
         check("subset-seed", self.subset_seed, 0 <= self.subset_seed < 2**32, "0 .. 2^32 - 1")
-        check("seed", self.seed, 0 <= self.seed < 2**63, "0 or more")
         check("validation", self.validation, self.validation >= 0, "a number of images per class, or 0")
-        check("epochs", recipe.epochs, recipe.epochs >= 1, "1 or more")
-        check("batch-size", recipe.batch_size, recipe.batch_size >= 2, "2 or more, for batch normalisation")
-        check("lr", recipe.lr, 0 < recipe.lr < math.inf, "more than 0")
-        check("weight-decay", recipe.weight_decay, 0 <= recipe.weight_decay < math.inf, "0 or more")
-        check("schedule", recipe.schedule, recipe.schedule in SCHEDULES, ", ".join(SCHEDULES))
-        check(
-            "warmup-epochs",
-            recipe.warmup_epochs,
-            0 <= recipe.warmup_epochs < recipe.epochs,
-            f"0 or more and less than the {recipe.epochs} epochs",
-        )
-        check("mixup", recipe.mixup, 0 <= recipe.mixup < math.inf, "alpha of Beta(alpha, alpha), or 0")
-        check("clip-norm", self.clip_norm, 0 <= self.clip_norm < math.inf, "more than 0, or 0 for no clipping")
-        good = 1 <= self.accumulate <= recipe.batch_size
-        check("accumulate", self.accumulate, good, f"1 to the batch size, {recipe.batch_size}")
-        check("amp", self.amp, self.amp in ("off", "bf16", "fp16"), "off, bf16 or fp16")
-        check("threads", self.threads, self.threads is None or self.threads >= 1, "1 or more")
-        stop = self.stop_after_epochs
-        check("stop-after-epochs", stop, stop is None or stop >= 1, "1 or more")
-        check_alignment(alignment)
-        check_options(self.method, self.method_options)
-        options = self.method_options
-        check_numbers(options)
-        fixed = "--frozen-head fixes the classifier" if options.frozen_head else METHODS[self.method].fixed_head
-        check_fixed_head(alignment, fixed)
+        check_run(self, SCHEDULES)
         if self.capture and self.amp == "fp16":
             raise ValueError("--capture cannot wait to see whether scaled gradients are finite: use --amp bf16 or off")
-        if recipe.mixup and self.method in ("glmc", "glmc-maxnorm"):
-            raise ValueError(
-                f"--mixup {recipe.mixup} is not for {self.method}, which mixes by itself or not at all: use 0"
-            )
-        by_batch = self.method == "etf-dr" and options.class_counts in (None, "batch")
-        if self.accumulate > 1 and (by_batch or options.class_counts == "batch"):
+        counts = self.method_options.class_counts or ("batch" if self.method == "etf-dr" else None)
+        if self.accumulate > 1 and counts == "batch":
             raise ValueError(
                 f"--accumulate {self.accumulate} would count the classes of micro-batches, not of the batch: use "
                 "--class-counts global, or no accumulation"
             )
-        if self.resume and self.overwrite:
-            raise ValueError("--resume continues a run and --overwrite removes it: leave one out")
 
     def outcome(self) -> dict[str, Any]:
         """Return the options that decide the outcome, by the names that the command line uses, as plain values."""
@@ -160,6 +134,27 @@ def torch_device(name: str) -> torch.device:
         raise ValueError(f"device is {name!r}, which cannot be used here ({reason}); try cpu") from error
 
 
+def choose_algorithms(device: torch.device, *, deterministic: bool = False) -> None:
+    """Let a GPU try which convolutions are quickest for the few shapes of a run, or use what repeats itself alone.
+
+    To be called before the device multiplies anything: cuBLAS reads the environment once.
+
+    Raises:
+        ValueError: the environment sets cuBLAS up so that it does not repeat itself.
+    """
+    gpu = device.type == "cuda"
+    if deterministic and gpu:
+        workspace = os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACES[0])
+        if workspace not in CUBLAS_WORKSPACES:
+            raise ValueError(
+                f"CUBLAS_WORKSPACE_CONFIG is {workspace!r}, and --deterministic needs {' or '.join(CUBLAS_WORKSPACES)} "
+                "on a GPU: set one of them, or leave it unset"
+            )
+    if deterministic:
+        torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = gpu and not deterministic
+
+
 def check_same(now: Mapping[str, Any], before: Mapping[str, Any]) -> None:
     """Compare the options of a run with those in its checkpoint.
 
@@ -176,6 +171,42 @@ def check_same(now: Mapping[str, Any], before: Mapping[str, Any]) -> None:
             f"cannot resume with other options: {', '.join(differing)}; repeat the original ones, "
             "or start another run with another --output-dir"
         )
+
+
+def check_run(settings: Settings | ImageNetSettings, schedules: Sequence[str]) -> None:
+    """Check the options that the training scripts share.
+
+    Raises:
+        ValueError: one is out of range, or two contradict each other.
+    """
+    recipe, alignment, options = settings.recipe, settings.alignment, settings.method_options
+    check("seed", settings.seed, 0 <= settings.seed < 2**63, "0 or more")
+    check("epochs", recipe.epochs, recipe.epochs >= 1, "1 or more")
+    check("batch-size", recipe.batch_size, recipe.batch_size >= 2, "2 or more, for batch normalisation")
+    check("lr", recipe.lr, 0 < recipe.lr < math.inf, "more than 0")
+    check("weight-decay", recipe.weight_decay, 0 <= recipe.weight_decay < math.inf, "0 or more")
+    check("schedule", recipe.schedule, recipe.schedule in schedules, ", ".join(schedules))
+    good = 0 <= recipe.warmup_epochs < recipe.epochs
+    check("warmup-epochs", recipe.warmup_epochs, good, f"0 or more and less than the {recipe.epochs} epochs")
+    check("mixup", recipe.mixup, 0 <= recipe.mixup < math.inf, "alpha of Beta(alpha, alpha), or 0")
+    check("clip-norm", settings.clip_norm, 0 <= settings.clip_norm < math.inf, "more than 0, or 0 for no clipping")
+    good = 1 <= settings.accumulate <= recipe.batch_size
+    check("accumulate", settings.accumulate, good, f"1 to the batch size, {recipe.batch_size}")
+    check("amp", settings.amp, settings.amp in ("off", "bf16", "fp16"), "off, bf16 or fp16")
+    check("threads", settings.threads, settings.threads is None or settings.threads >= 1, "1 or more")
+    stop = settings.stop_after_epochs
+    check("stop-after-epochs", stop, stop is None or stop >= 1, "1 or more")
+    check_alignment(alignment)
+    check_options(settings.method, options)
+    check_numbers(options)
+    fixed = "--frozen-head fixes the classifier" if options.frozen_head else METHODS[settings.method].fixed_head
+    check_fixed_head(alignment, fixed)
+    if recipe.mixup and settings.method in ("glmc", "glmc-maxnorm"):
+        raise ValueError(
+            f"--mixup {recipe.mixup} is not for {settings.method}, which mixes by itself or not at all: use 0"
+        )
+    if settings.resume and settings.overwrite:
+        raise ValueError("--resume continues a run and --overwrite removes it: leave one out")
 
 
 def check_alignment(alignment: AlignmentOptions) -> None:

@@ -39,6 +39,7 @@ Options = Callable[..., list[str]]
         ("--threshold 2", "--threshold is 2.0"),
         ("--gamma -0.1", "--gamma is -0.1"),
         ("--momentum 0", "--momentum is 0.0"),
+        ("--method arb --clamp-logits -1", "--clamp-logits is -1.0; expected 0 or more"),
         ("--frozen-head --spaslerp", "--frozen-head fixes the classifier"),
         ("--frozen-head --spareg 1 --spareg-align classifier", "--spareg-align features"),
         ("--recipe ldam", "two recipes"),

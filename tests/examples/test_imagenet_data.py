@@ -9,9 +9,12 @@ import gzip
 import io
 import itertools
 import multiprocessing
+import os
 import pickle
 import random
 import struct
+import subprocess
+import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -31,12 +34,13 @@ pytest.importorskip("torchvision", reason="torchvision is not installed: pip ins
 from longtail.imagenet import images, lists, loader
 from PIL import Image, ImageFilter
 
-SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
+REPOSITORY = Path(__file__).resolve().parents[2]
+SHARED = REPOSITORY.parent / "shared" / "data"
 CPU = torch.device("cpu")
 R = 32
 COLOURS = ((200, 60, 30), (40, 190, 60), (50, 70, 210))  # of classes 0, 1, 2: the largest channel is the class
 
-# Python 3.12 and later say so of every fork of a process with threads, which PyTorch's loader does by default.
+# Python 3.12 and later say so of every fork of a process with threads, which is how workers start.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 
 
@@ -653,7 +657,7 @@ def test_batches_leave_the_global_generators_alone(make_loader: MakeLoader, work
 
 
 def test_spawned_workers_can_be_given_the_data(make_loader: MakeLoader) -> None:
-    """From Python 3.14 on, workers start from nothing and receive what they need pickled."""
+    """Where there is no fork, workers start from nothing and receive what they need pickled."""
     one = make_loader()
     request = loader._Request(0, 0, ((0, 1), (2, 2)))
     expected, found = one._dataset[request], pickle.loads(pickle.dumps(one._dataset))[request]
@@ -749,6 +753,44 @@ def test_every_image_is_evaluated_exactly_once(tree: lists.ImageList, ranks: int
         assert torch.equal(look, transform(Image.open(tree.root / tree.files[i])))
         assert int(label) == int(tree.labels_N[i])
     assert not multiprocessing.active_children()
+
+
+SIGNALLED = """
+import multiprocessing, os, signal, sys, threading, time
+from pathlib import Path
+import torch
+from longtail.imagenet import lists, loader
+
+def terminate():
+    while not multiprocessing.active_children():
+        time.sleep(0.001)
+    os.killpg(0, signal.SIGTERM)
+
+multiprocessing.set_start_method(sys.argv[1])
+heard = []
+signal.signal(signal.SIGTERM, lambda *_: heard.append(True))
+tree = lists.read_list(Path(sys.argv[2]), Path(sys.argv[2]).parent)
+one = loader.EvalLoader(tree, batch_size=4, resolution=32, device=torch.device("cpu"), workers=2)
+threading.Thread(target=terminate).start()
+print(sum(len(labels) for _, labels in one), len(heard))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="only POSIX has fork and signals to a group of processes")
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+def test_workers_that_are_starting_outlive_sigterm_to_every_process(tree: lists.ImageList, method: str) -> None:
+    """Whichever is Python's default: `fork`, from 3.14 on `forkserver`, on macOS `spawn`."""
+    path = os.pathsep.join([str(REPOSITORY / "examples"), str(REPOSITORY), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", SIGNALLED, method, str(tree.path)],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stdout.split()) == (0, ["23", "1"]), done.stderr
 
 
 # --- without files ----------------------------------------------------------------------------------------------------

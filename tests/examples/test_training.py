@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import pickle
 import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,7 @@ from longtail.data import long_tail_counts
 from longtail.engine import Trainer, TrainingError
 from longtail.networks import CifarResNet
 from longtail.reporting import accuracy_figures, group_means, read_records
-from longtail.settings import torch_device
+from longtail.settings import choose_algorithms, torch_device
 from torch import Tensor
 
 Options = Callable[..., list[str]]
@@ -426,3 +427,56 @@ def test_a_gpu_is_named_by_its_number(name: str, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch, "empty", lambda *_, **options: SimpleNamespace(device=first))
     assert torch_device(name).index == 0
+
+
+# --- algorithms -------------------------------------------------------------------------------------------------------
+
+CUDA = torch.device("cuda", 0)  # nothing below needs it to be there
+
+
+@pytest.fixture
+def algorithms(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Leave PyTorch's choices as they were, and begin without the environment's."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # or what is set where nothing was would stay
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    before = torch.backends.cudnn.benchmark, torch.are_deterministic_algorithms_enabled()
+    yield
+    torch.backends.cudnn.benchmark = before[0]
+    torch.use_deterministic_algorithms(before[1])
+
+
+@pytest.mark.usefixtures("algorithms")
+@pytest.mark.parametrize(
+    ("device", "deterministic", "tries"),
+    [(CUDA, False, True), (CUDA, True, False), (torch.device("cpu"), False, False), (torch.device("cpu"), True, False)],
+)
+def test_a_gpu_tries_convolutions_unless_they_must_repeat(
+    device: torch.device, deterministic: bool, tries: bool
+) -> None:
+    torch.backends.cudnn.benchmark = not tries
+    choose_algorithms(device, deterministic=deterministic)
+    assert torch.backends.cudnn.benchmark == tries
+    assert torch.are_deterministic_algorithms_enabled() == deterministic
+    workspace = ":4096:8" if deterministic and device.type == "cuda" else None
+    assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == workspace
+
+
+@pytest.mark.usefixtures("algorithms")
+def test_what_the_environment_says_of_cublas_is_kept_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    choose_algorithms(CUDA, deterministic=True)
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+    torch.use_deterministic_algorithms(False)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
+    with pytest.raises(ValueError, match=r"CUBLAS_WORKSPACE_CONFIG is ':0:0'.* :4096:8 or :16:8"):
+        choose_algorithms(CUDA, deterministic=True)
+    assert not torch.are_deterministic_algorithms_enabled()
+    for device in (CUDA, torch.device("cpu")):  # of no concern where it changes nothing that was asked for
+        choose_algorithms(device, deterministic=device.type == "cpu")
+
+
+@pytest.mark.usefixtures("algorithms")
+def test_the_trainer_chooses_for_its_device(tiny_options: Options) -> None:
+    torch.backends.cudnn.benchmark = True
+    trainer(tiny_options("run"))
+    assert not torch.backends.cudnn.benchmark

@@ -31,6 +31,7 @@ from longtail.imagenet.lists import class_counts, read_list
 from longtail.imagenet.networks import NETWORKS
 from longtail.imagenet.recipes import METHOD_RECIPES, RECIPES
 from longtail.imagenet.table import read_results, report, table
+from torch._subclasses import FakeTensorMode
 from torch.distributed.run import get_args_parser
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -157,26 +158,45 @@ def test_validation_images_are_sorted_by_the_test_list(tmp_path: Path) -> None:
     assert all(path.read_text() == str(path.relative_to(tmp_path / "ILSVRC")) for path in found)
 
 
-@pytest.mark.parametrize("cells", rows("network"), ids=lambda cells: cells[0])
-def test_sizes_of_networks(cells: list[str]) -> None:
-    name, parameters, macs, _, saved_megabytes = cells
-    with torch.device("meta"):
-        network, images = NETWORKS[name](), torch.empty(2, 3, 224, 224)
-    held = {tensor.untyped_storage()._cdata for tensor in (*network.parameters(), *network.buffers())}
+def saved_bytes(name: str, num_images: int, *, bf16: bool) -> int:
+    """Return what a forward pass of the script saves for the backward pass, weights included."""
     saved: dict[int, torch.Tensor] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.untyped_storage()._cdata not in held:
-            saved[tensor.untyped_storage()._cdata] = tensor
+        saved[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), FlopCounterMode(display=False) as flops:
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with FakeTensorMode(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16), hooks:
+        NETWORKS[name]()(torch.empty(num_images, 3, 224, 224))
+    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+
+
+@pytest.mark.parametrize("cells", rows("network"), ids=lambda cells: cells[0])
+def test_sizes_of_networks(cells: list[str]) -> None:
+    name, parameters, macs, *megabytes = cells
+    with torch.device("meta"):
+        network, images = NETWORKS[name](), torch.empty(2, 3, 224, 224)
+    with FlopCounterMode(display=False) as flops:
         network(images)
     assert parameters == f"{sum(tensor.numel() for tensor in network.parameters()) / 1e6:.1f} M"
     assert macs == f"{flops.get_total_flops() / 2 / len(images) / 1e9:.2f}"
-    megabytes = sum(tensor.untyped_storage().nbytes() for tensor in saved.values()) / len(images) / 1e6
-    # What is saved once for the whole batch, statistics of batch normalisation, is 0.3 MB here.
-    assert float(saved_megabytes) == pytest.approx(megabytes, abs=0.25)
+    # Weights, their bf16 copies and statistics are saved once for the whole batch: the difference is one image.
+    per_image = [saved_bytes(name, 3, bf16=bf16) - saved_bytes(name, 2, bf16=bf16) for bf16 in (True, False)]
+    assert megabytes == [f"{saved / 1e6:.1f}" for saved in per_image]
+
+
+def test_memory_follows_from_the_sizes() -> None:
+    bf16, float32 = ({cells[0]: float(cells[column]) / 1e3 for cells in rows("network")} for column in (3, 4))
+    ce, glmc = RECIPES["ce"], RECIPES["glmc"]
+    whole = ce.batch_size * bf16[ce.network]
+    found = [
+        f"CE's {ce.batch_size:,} images are {whole:.0f} GB in bf16 on one GPU, "
+        f"{ce.batch_size * float32[ce.network]:.0f} GB in float32, and {whole / 4:.0f} GB with",
+        f"GLMC's {glmc.batch_size}, twice forward, are {2 * glmc.batch_size * bf16[glmc.network]:.0f} GB in bf16.",
+    ]
+    words = " ".join(TEXT.split())
+    assert [sentence for sentence in found if sentence not in words] == []
 
 
 def test_times_follow_from_the_sizes() -> None:

@@ -34,6 +34,10 @@ from longtail.ce import CrossEntropy
 from longtail.etf_dr import EtfDotRegression
 from longtail.imagenet.engine import EpochDraws, Trainer
 from longtail.imagenet.loader import Plan, TrainLoader
+from longtail.parallel import World
+
+# Python 3.12 and later say so of every fork of a process with threads, which is how loader workers start.
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 
 METHODS = {
     "ce": "--spareg 0.3 --spaslerp --spaproj",
@@ -256,6 +260,33 @@ def test_every_strategy_acts_on_the_same_start_and_batches(
         assert not torch.equal(a, b)
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_algorithms_are_chosen_before_anything_is_built(
+    deterministic: bool, command: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For its own device, and as `--deterministic` says; what is wrong there is a bad option."""
+
+    def refuse(device: torch.device, **chosen: bool) -> None:
+        raise ValueError(f"{device.type} {chosen}")
+
+    monkeypatch.setattr("longtail.imagenet.engine.choose_algorithms", refuse)
+    argv = [one for one in command("run") if deterministic or one != "--deterministic"]
+    settings = imagenet_lt.settings_from(imagenet_lt.build_parser().parse_args(argv))
+    with pytest.raises(ValueError, match=rf"cuda {{'deterministic': {deterministic}}}"):
+        Trainer(settings, World(0, 1, torch.device("cuda", 0), grouped=False))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_repeats_itself(command: Callable[..., list[str]], tmp_path: Path) -> None:
+    """By processes of its own: cuBLAS reads once how it is to be set up."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *sys.path])}
+    for run in ("one", "other"):
+        argv = command(run, "--device cuda --spareg 0.3 --spaslerp --spaproj --epochs 2")
+        subprocess.run([sys.executable, str(EXAMPLES / "imagenet_lt.py"), *argv], env=environment, check=True)
+    assert_same(tmp_path / "one", tmp_path / "other")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("more", ["--amp bf16 --method glmc", "--amp fp16", "--amp bf16 --method etf-dr --mixup 0.2"])
 def test_a_gpu_trains(more: str, command: Callable[..., list[str]], tmp_path: Path) -> None:
@@ -350,6 +381,8 @@ def test_a_validation_list_is_looked_at_between_epochs_and_the_test_list_at_the_
 BAD = {
     "no lists": ("--data-dir . --recipe small", "--train-list, --test-list missing"),
     "network": ("--recipe small --lr 0", "--lr is 0.0; expected more than 0"),
+    "warm-up": ("--warmup-epochs 3", "--warmup-epochs is 3; expected 0 or more and less than the 3 epochs"),
+    "accumulate": ("--accumulate 13", "--accumulate is 13; expected 1 to the batch size, 12"),
     "fixed head": ("--method etf-dr --spaproj", "fixed simplex"),
     "glmc mixes": ("--method glmc --mixup 0.2", "--mixup 0.2 is not for glmc"),
     "fsdp": ("--fsdp", "start with torchrun"),

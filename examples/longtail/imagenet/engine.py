@@ -31,7 +31,7 @@ from ..networks import store_channels_last
 from ..parallel import Spread, Stop, World, restarted
 from ..recipes import Schedule
 from ..reporting import Figures, Reporter, accuracy_figures, closing_table, group_means, write_result
-from ..settings import check_same
+from ..settings import check_same, choose_algorithms
 from ..sharded import full_weights, load_sharded, newest_checkpoint, read_state, save_sharded
 from .images import Normalise
 from .lists import ImageList, class_counts, read_list, scan, shot_groups
@@ -91,10 +91,9 @@ class Trainer:
     def __init__(self, settings: ImageNetSettings, world: World) -> None:
         self.settings, self.world, self.device = settings, world, world.device
         recipe = settings.recipe
+        choose_algorithms(self.device, deterministic=settings.deterministic)
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
-        if settings.deterministic:
-            torch.use_deterministic_algorithms(True)
         if settings.sync_bn and self.device.type == "cpu":
             raise ValueError("--sync-bn works on GPUs alone: leave it out")
         if settings.fsdp and not world.grouped:

@@ -9,12 +9,14 @@ Shapes: N images (of the list, or of a batch), R pixels a side, C classes.
 from __future__ import annotations
 
 import io
+import multiprocessing
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import resource_tracker
 from multiprocessing.util import Finalize
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
@@ -250,6 +252,16 @@ def _plain(file: bytes) -> bool:
         return False  # decoding it on the CPU will say what is wrong
 
 
+def _start_method() -> str:
+    """Return how workers start: forked where Python, from 3.14 on, would ask a fork server.
+
+    SIGTERM to every process ends that server and the workers that it is starting, and each of its workers imports
+    PyTorch anew, in every epoch.
+    """
+    method = multiprocessing.get_start_method()
+    return "fork" if method == "forkserver" else method
+
+
 def _outlive_sigterm(worker: int) -> None:
     """Leave SIGTERM, which schedulers send to every process, to the main process: it needs its workers until it saves.
 
@@ -266,6 +278,8 @@ def _sigterm_later() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):  # Windows, which sends none
         yield
         return
+    if _start_method() == "spawn":
+        resource_tracker.ensure_running()  # what starts it with the first worker lets SIGTERM in again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         yield
@@ -311,6 +325,7 @@ class _Pipeline(Generic[T]):
             pin_memory=pin_memory,
             prefetch_factor=prefetch if workers else None,
             persistent_workers=self._persistent,
+            multiprocessing_context=_start_method() if workers else None,
             worker_init_fn=_outlive_sigterm,
             generator=torch.Generator(),  # or every epoch would move the global one on
         )

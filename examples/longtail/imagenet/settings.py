@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..alignment import AlignmentOptions
-from ..methods import METHODS, MethodOptions, check_options
-from ..settings import check, check_alignment, check_fixed_head, check_numbers
+from ..methods import MethodOptions
+from ..settings import check, check_run
 from .networks import NETWORKS
 from .recipes import METHOD_RECIPES, SCHEDULES, ImageNetRecipe
 
@@ -112,40 +111,18 @@ class ImageNetSettings:
         recipe = self.recipe
         check("method", self.method, self.method in METHOD_RECIPES, f"one of {', '.join(METHOD_RECIPES)}")
         check("network", recipe.network, recipe.network in NETWORKS, f"one of {', '.join(NETWORKS)}")
-        check("seed", self.seed, 0 <= self.seed < 2**63, "0 or more")
-        check("epochs", recipe.epochs, recipe.epochs >= 1, "1 or more")
-        check("batch-size", recipe.batch_size, recipe.batch_size >= 2, "2 or more, for batch normalisation")
-        check("lr", recipe.lr, 0 < recipe.lr < math.inf, "more than 0")
-        check("weight-decay", recipe.weight_decay, 0 <= recipe.weight_decay < math.inf, "0 or more")
-        check("schedule", recipe.schedule, recipe.schedule in SCHEDULES, ", ".join(SCHEDULES))
-        good = 0 <= recipe.warmup_epochs < recipe.epochs
-        check("warmup-epochs", recipe.warmup_epochs, good, f"0 or more and less than the {recipe.epochs} epochs")
-        check("mixup", recipe.mixup, 0 <= recipe.mixup < math.inf, "alpha of Beta(alpha, alpha), or 0")
         check("resolution", recipe.resolution, recipe.resolution >= 32, "32 pixels or more")
-        check("clip-norm", self.clip_norm, 0 <= self.clip_norm < math.inf, "more than 0, or 0 for no clipping")
-        check("accumulate", self.accumulate, self.accumulate >= 1, "1 or more")
-        check("amp", self.amp, self.amp in ("off", "bf16", "fp16"), "off, bf16 or fp16")
-        check("threads", self.threads, self.threads is None or self.threads >= 1, "1 or more")
         check("workers", self.workers, self.workers >= 0, "0 (in the main process) or more")
         check("checkpoint-steps", self.checkpoint_steps, self.checkpoint_steps >= 0, "0 or more")
         check("keep", self.keep, self.keep >= 1, "1 or more")
         check("num-synthetic", self.num_synthetic, self.num_synthetic >= 2, "2 or more")
         good = 2 <= self.num_synthetic_classes <= self.num_synthetic
         check("num-synthetic-classes", self.num_synthetic_classes, good, f"2 to {self.num_synthetic}, the images")
-        stop = self.stop_after_epochs
-        check("stop-after-epochs", stop, stop is None or stop >= 1, "1 or more")
-        check_alignment(self.alignment)
-        check_options(self.method, self.method_options)
-        check_numbers(self.method_options)
-        check_fixed_head(self.alignment, METHODS[self.method].fixed_head)
-        if recipe.mixup and self.method == "glmc":
-            raise ValueError(f"--mixup {recipe.mixup} is not for glmc, which mixes by itself: use 0")
+        check_run(self, SCHEDULES)
         if recipe.schedule == "glmc-published" and not recipe.warmup_epochs:
             raise ValueError("--schedule glmc-published is a warm-up's quirk: set --warmup-epochs, published 10")
         if self.fsdp and self.amp == "fp16":
             raise ValueError("--fsdp with --amp fp16 would see each rank's overflows alone: use --amp bf16 or off")
-        if self.resume and self.overwrite:
-            raise ValueError("--resume continues a run and --overwrite removes it: leave one out")
 
     def outcome(self) -> dict[str, Any]:
         """Return the options that decide the outcome, by the names that the command line uses, as plain values."""
