@@ -699,6 +699,26 @@ def test_close_ends_workers_in_the_middle_of_an_epoch(make_loader: MakeLoader) -
         next(one.epoch(1))
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # PyTorch's, of its half-made iterator
+def test_workers_of_a_loader_that_fails_to_start_end(make_loader: MakeLoader, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They ignore SIGTERM, so Python would wait for them at its exit for ever."""
+    started: list[int] = []
+
+    def fails(*_: object, **__: object) -> None:
+        started.append(len(multiprocessing.active_children()))
+        raise RuntimeError("no driver")
+
+    monkeypatch.setattr(torch.utils.data.dataloader._MultiProcessingDataLoaderIter, "_reset", fails)
+    with pytest.raises(RuntimeError, match="no driver"):
+        next(make_loader(workers=2).epoch(0))
+    assert started == [2]
+    for worker in multiprocessing.active_children():
+        worker.join(20)
+        alive = worker.is_alive()
+        worker.kill()
+        assert not alive
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_waiting_is_counted(make_loader: MakeLoader, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     one = make_loader("standard", workers=workers)

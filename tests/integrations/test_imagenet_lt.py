@@ -276,8 +276,7 @@ def test_algorithms_are_chosen_before_anything_is_built(
         Trainer(settings, World(0, 1, torch.device("cuda", 0), grouped=False))
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.gpu(real=True)
 def test_a_gpu_repeats_itself(command: Callable[..., list[str]], tmp_path: Path) -> None:
     """By processes of its own: cuBLAS reads once how it is to be set up."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *sys.path])}

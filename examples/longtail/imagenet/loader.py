@@ -343,8 +343,14 @@ class _Pipeline(Generic[T]):
             raise RuntimeError("the loader is closed")
         self._requests.items = requests
         start = time.perf_counter()
-        with _sigterm_later():
-            answers = iter(self._loader)
+        others = multiprocessing.active_children()
+        try:
+            with _sigterm_later():
+                answers = iter(self._loader)
+        except BaseException:
+            for worker in set(multiprocessing.active_children()).difference(others):
+                worker.kill()  # at exit they would be sent a SIGTERM, which they ignore, and waited for
+            raise
         self._running[:] = [answers]
         try:
             for _ in requests:
