@@ -95,6 +95,13 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--resume", action="store_true", help="continue from the checkpoint in --output-dir, if any")
     run.add_argument("--overwrite", action="store_true", help="start afresh although --output-dir holds a run")
     run.add_argument("--stop-after-epochs", type=int, metavar="N", help="end this call cleanly after N epochs")
+    run.add_argument(
+        "--checkpoint-seconds",
+        type=float,
+        default=2.0,
+        metavar="S",
+        help="write a checkpoint after an epoch that ends S seconds or more after the last one (default %(default)s)",
+    )
     run.add_argument("--no-tensorboard", action="store_true")
     run.add_argument("--quiet", action="store_true", help="nothing on the terminal but errors")
     return parser
@@ -143,6 +150,7 @@ def settings_from(args: argparse.Namespace) -> Settings:
         tensorboard=not args.no_tensorboard,
         quiet=args.quiet,
         stop_after_epochs=args.stop_after_epochs,
+        checkpoint_seconds=args.checkpoint_seconds,
     )
 
 

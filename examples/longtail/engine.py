@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import math
 import platform
 import subprocess
 import time
@@ -43,7 +44,8 @@ class Trainer:
     augmentation from one CPU generator. So two runs that differ only in their strategies start from the same weights
     and see the same batches.
 
-    Checkpoint behaviour: `checkpoint.pt` in the output folder is replaced after every epoch and holds the model, the
+    Checkpoint behaviour: `checkpoint.pt` in the output folder is replaced after every epoch that ends
+    `settings.checkpoint_seconds` or more after the last time, and at the end of the call. It holds the model, the
     optimizer, the tracker, SpA-SLERP's count, the gradient scaler, both generators, the best epoch and the last record.
     On the CPU a resumed run continues bit for bit, at an equal number of threads.
 
@@ -153,9 +155,15 @@ class Trainer:
         """
         epochs = self.settings.recipe.epochs
         stop = epochs if self.settings.stop_after_epochs is None else self.epoch + self.settings.stop_after_epochs
+        saved = time.monotonic()
         try:
             while self.epoch < min(stop, epochs):
                 self._run_epoch()
+                now = time.monotonic()
+                # An epoch on a GPU may take less than writing to the disk.
+                if now - saved >= self.settings.checkpoint_seconds or self.epoch >= min(stop, epochs):
+                    save_checkpoint(self.checkpoint_path, self._state())
+                    saved = now
         finally:
             self.reporter.close()
             self.lock.release()
@@ -185,7 +193,6 @@ class Trainer:
         self.seconds += record["seconds"]
         self.record = record
         self.reporter.epoch(record)
-        save_checkpoint(self.checkpoint_path, self._state())
 
     def _train_epoch(self) -> dict[str, float | None]:
         baseline, training, steps = self.baseline, self.training_step, self.batches.steps_per_epoch
@@ -196,12 +203,12 @@ class Trainer:
             training(step)
         images = len(self.batches)
         loss_mean, penalty_mean = float(training.loss_sum) / images, float(training.penalty_sum) / images
-        weights_finite = torch.stack([parameter.detach().isfinite().all() for parameter in self.parameters]).all()
-        if not (np.isfinite(loss_mean + penalty_mean) and weights_finite):
+        largest_weight = float(torch.nn.utils.get_total_norm(self.parameters, math.inf))
+        if not np.isfinite(loss_mean + penalty_mean + largest_weight):
             raise TrainingError(
                 f"the loss or a weight is no longer finite in epoch {self.epoch + 1} (mean loss {loss_mean}, SpA-Reg "
-                f"{penalty_mean}): lower --lr, lengthen --warmup-epochs or set --clip-norm; the checkpoint of the "
-                "epoch before is kept"
+                f"{penalty_mean}): lower --lr, lengthen --warmup-epochs or set --clip-norm; the last checkpoint "
+                "is kept"
             )
         return {
             "lr": rates[-1],

@@ -29,6 +29,7 @@ WHERE_AND_HOW = (
     "tensorboard",
     "quiet",
     "stop_after_epochs",
+    "checkpoint_seconds",
 )
 
 CUBLAS_WORKSPACES = (":4096:8", ":16:8")  # with which cuBLAS repeats itself
@@ -62,6 +63,7 @@ class Settings:
         overwrite: start afresh although `output_dir` holds a run.
         tensorboard, quiet: what is reported.
         stop_after_epochs: end this call cleanly after so many epochs; None for the whole run.
+        checkpoint_seconds: write no checkpoint sooner after the last one.
     """
 
     recipe_name: str
@@ -90,12 +92,14 @@ class Settings:
     tensorboard: bool = True
     quiet: bool = False
     stop_after_epochs: int | None = None
+    checkpoint_seconds: float = 2.0
 
     def __post_init__(self) -> None:
         check("dataset", self.dataset, self.dataset in ARCHIVES, f"one of {', '.join(ARCHIVES)}")
         check("imbalance", self.imbalance, 1 <= self.imbalance < math.inf, "1 or more")
         check("subset-seed", self.subset_seed, 0 <= self.subset_seed < 2**32, "0 .. 2^32 - 1")
         check("validation", self.validation, self.validation >= 0, "a number of images per class, or 0")
+        check("checkpoint-seconds", self.checkpoint_seconds, self.checkpoint_seconds >= 0, "0 or more")
         check_run(self, SCHEDULES)
         if self.capture and self.amp == "fp16":
             raise ValueError("--capture cannot wait to see whether scaled gradients are finite: use --amp bf16 or off")

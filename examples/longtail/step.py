@@ -10,6 +10,7 @@ Shapes: N images of a batch, S steps of an epoch.
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ from .alignment import Alignment
 from .baseline import Baseline
 from .batches import Batches, Draws
 
-WARM_UP_STEPS = 3  # ordinary steps before the capture, in which libraries choose their kernels
+WARM_UP_STEPS = 3  # ordinary steps of a size before its capture, in which libraries choose their kernels
 
 
 class TrainingStep:
@@ -38,7 +39,7 @@ class TrainingStep:
         spareg: weight of the loss term.
         accumulate: micro-batches per step.
         clip_norm: largest gradient norm; 0 for no clipping.
-        capture: replay the step as a CUDA graph. The last, smaller batch of an epoch runs as it is.
+        capture: replay the step as a CUDA graph; the smaller batch at an epoch's end is one of its own.
     """
 
     def __init__(
@@ -70,8 +71,8 @@ class TrainingStep:
         self.draws: Draws = {}
         self.rates: Sequence[float] = ()
         self.rate_S = torch.empty(0)
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.taken = 0
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}  # by size of the batch
+        self.taken: Counter[int] = Counter()
 
     def begin_epoch(self, draws: Draws, rates: Sequence[float]) -> None:
         """Set the epoch's random numbers and learning rates, one per step, and forget the figures of the last."""
@@ -93,22 +94,20 @@ class TrainingStep:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.rates[step]
             self._train(size)
-        elif size < self.batches.batch_size:
-            self._train(size)
-        elif self.taken < WARM_UP_STEPS:
-            self.taken += 1
+        elif self.taken[size] < WARM_UP_STEPS:
+            self.taken[size] += 1
             stream, current = torch.cuda.Stream(self.number.device), torch.cuda.current_stream(self.number.device)
             stream.wait_stream(current)
             with torch.cuda.stream(stream):
                 self._train(size)
             current.wait_stream(stream)
         else:
-            if self.graph is None:
+            if size not in self.graphs:
                 self.optimizer.zero_grad(set_to_none=True)
-                self.graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self.graph):  # records without running
+                self.graphs[size] = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self.graphs[size]):  # records without running
                     self._train(size)
-            self.graph.replay()
+            self.graphs[size].replay()
 
     def _train(self, size: int) -> None:
         baseline, scaler, optimizer = self.baseline, self.scaler, self.optimizer

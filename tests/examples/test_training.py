@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import os
 import pickle
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -205,6 +207,21 @@ def test_kill_9_loses_at_most_one_epoch(tiny_options: Options, tmp_path: Path, m
     run(tiny_options("killed", *more, "--resume"))
     run(tiny_options("whole", *more))
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_checkpoints_keep_their_distance_and_the_last_epoch_has_one(
+    tiny_options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock on which an epoch takes a second; the loss is at most that distance, or an epoch."""
+    saved, seconds = [], itertools.count()
+    clock = SimpleNamespace(monotonic=lambda: next(seconds), perf_counter=time.perf_counter)
+    monkeypatch.setattr("longtail.engine.time", clock)
+    monkeypatch.setattr("longtail.engine.save_checkpoint", lambda path, state: saved.append(state["epoch"]))
+    trainer(tiny_options("run", "--epochs", "8", "--checkpoint-seconds", "3")).run()
+    assert saved == [3, 6, 8]
+    saved.clear()
+    trainer(tiny_options("run", "--epochs", "8", "--stop-after-epochs", "2", "--checkpoint-seconds", "3")).run()
+    assert saved == [2]
 
 
 def test_resume_without_checkpoint_starts_fresh(
