@@ -87,7 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--threads", type=int, help="CPU threads")
     run.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off", help="mixed precision (default off)")
     run.add_argument("--channels-last", action=argparse.BooleanOptionalAction, help="memory layout of the network")
-    run.add_argument("--compile", action="store_true", help="compile the network with torch.compile")
+    run.add_argument("--compile", action="store_true", help="compile the network, and on a GPU SpA-Reg")
     run.add_argument("--capture", action="store_true", help="replay the training step as a CUDA graph")
     run.add_argument("--clip-norm", type=float, default=0.0, metavar="NORM", help="clip gradients to this norm")
     run.add_argument("--accumulate", type=int, default=1, metavar="K", help="split each batch into K micro-batches")
@@ -98,9 +98,9 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--checkpoint-seconds",
         type=float,
-        default=2.0,
+        default=0.0,
         metavar="S",
-        help="write a checkpoint after an epoch that ends S seconds or more after the last one (default %(default)s)",
+        help="write a checkpoint no sooner than S seconds after the last one; default 0, after every epoch",
     )
     run.add_argument("--no-tensorboard", action="store_true")
     run.add_argument("--quiet", action="store_true", help="nothing on the terminal but errors")

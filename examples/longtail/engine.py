@@ -83,6 +83,8 @@ class Trainer:
         self.baseline, self.batches = build(settings, self.train_set, self.data.counts)
         self.alignment = Alignment(self.baseline.classifier, settings.alignment, epochs=recipe.epochs)
         self.parameters = [parameter for parameter in self.baseline.model.parameters() if parameter.requires_grad]
+        if settings.compile and self.device.type == "cuda" and self.alignment.spareg is not None:
+            self.alignment.spareg.compile()  # of dozens of small kernels; a CPU has none to merge
         capture = settings.capture
         if capture and self.device.type != "cuda":
             raise ValueError(f"--capture records a CUDA graph, which {self.device} has not: leave it out")

@@ -54,6 +54,9 @@ class Backbone(nn.Module):
                 blocks.append(BasicBlock(in_planes, out_planes, stride=2 if stage and not block else 1))
                 in_planes = out_planes
         self.blocks = nn.Sequential(*blocks)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.num_batches_tracked = None  # nothing reads it, and counting costs a GPU a kernel per layer
 
     def forward(self, images_N3HW: Tensor) -> Tensor:
         x_NPHW = F.relu(self.bn1(self.conv1(images_N3HW)), inplace=True)

@@ -18,7 +18,8 @@ class Recipe:
         schedule: `step`, `cosine` or `epoch-cosine`, see `Schedule`.
         milestones: for `step`: (epochs done, factor) at 200 epochs; other lengths scale them in proportion.
         mixup: parameter alpha of Beta(alpha, alpha); 0 for none.
-        channels_last: memory layout of the convolutions; changes speed and rounding, not the mathematics.
+        channels_last: memory layout of the convolutions, by default that of the images, so that nothing is converted;
+            changes speed and rounding, not the mathematics.
     """
 
     depth: int = 32
@@ -33,7 +34,7 @@ class Recipe:
     schedule: str = "step"
     milestones: tuple[tuple[int, float], ...] = ((160, 0.1), (180, 0.01))
     mixup: float = 0.0
-    channels_last: bool = False
+    channels_last: bool = True
 
 
 SCHEDULES = ("step", "cosine", "epoch-cosine")
@@ -62,7 +63,6 @@ RECIPES = {
         weight_decay=5e-4,
         warmup_epochs=2,
         schedule="cosine",
-        channels_last=True,
     ),
 }
 
@@ -85,7 +85,7 @@ def small_recipe(method: str, dataset: str) -> Recipe:
         return replace(small, mixup=1.0, width=2 if dataset == "cifar100" else 1)
     if method == "glmc-maxnorm":
         stage = RECIPES["maxnorm"]
-        return replace(stage, depth=small.depth, width=small.width, resolution=small.resolution, channels_last=True)
+        return replace(stage, depth=small.depth, width=small.width, resolution=small.resolution)
     return small
 
 

@@ -54,7 +54,7 @@ class Settings:
         accumulate: micro-batches per optimizer step.
         clip_norm: largest gradient norm; 0 for no clipping.
         amp: `off`, `bf16` or `fp16`.
-        compile: compile the network.
+        compile: compile the network, and on a GPU the loss term of SpA-Reg.
         capture: replay the training step as a CUDA graph.
         device: `auto`, `cpu`, `cuda` or `cuda:1`.
         threads: of the CPU; None leaves PyTorch's choice.
@@ -63,7 +63,7 @@ class Settings:
         overwrite: start afresh although `output_dir` holds a run.
         tensorboard, quiet: what is reported.
         stop_after_epochs: end this call cleanly after so many epochs; None for the whole run.
-        checkpoint_seconds: write no checkpoint sooner after the last one.
+        checkpoint_seconds: write no checkpoint sooner after the last one; 0 for one after every epoch.
     """
 
     recipe_name: str
@@ -92,7 +92,7 @@ class Settings:
     tensorboard: bool = True
     quiet: bool = False
     stop_after_epochs: int | None = None
-    checkpoint_seconds: float = 2.0
+    checkpoint_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         check("dataset", self.dataset, self.dataset in ARCHIVES, f"one of {', '.join(ARCHIVES)}")

@@ -68,8 +68,7 @@ def tiny_options(tiny_data: Path, tmp_path: Path) -> Callable[..., list[str]]:
     def options(output: str, *more: str) -> list[str]:
         common = (
             f"--dataset cifar10 --imbalance 10 --preset small --resolution 8 --depth 8 --epochs 3 --batch-size 32 "
-            f"--warmup-epochs 1 --threads 1 --device cpu --no-tensorboard --quiet --checkpoint-seconds 0 "
-            f"--data-dir {tiny_data}"
+            f"--warmup-epochs 1 --threads 1 --device cpu --no-tensorboard --quiet --data-dir {tiny_data}"
         )
         return [*common.split(), "--output-dir", str(tmp_path / output), *more]
 
