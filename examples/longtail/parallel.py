@@ -9,6 +9,8 @@ import contextlib
 import inspect
 import os
 import signal
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
@@ -32,12 +34,14 @@ class World:
         rank, size: this process among all.
         device: this process's own.
         grouped: whether there is a process group.
+        restarted: whether torchrun has started any rank anew, after a failure.
     """
 
     rank: int
     size: int
     device: torch.device
     grouped: bool
+    restarted: bool = False
 
     @property
     def first(self) -> bool:
@@ -78,9 +82,33 @@ class World:
                 raise error
 
 
-def restarted() -> bool:
-    """Return whether torchrun has started this process anew, after a failure of one of its workers."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+def meet(store: Any, rank: int, size: int) -> str:
+    """Return a name that all ranks of this start get, and no start before or after.
+
+    torchrun offers the store of the first start to every later one, with addresses of processes that are gone. Which
+    start it is, it does not say: its count of restarts goes up only on the machine whose worker failed.
+
+    Raises:
+        RuntimeError: not all ranks came in the store's time.
+    """
+    own = uuid.uuid4().hex
+    if rank:
+        store.set(f"newcomer-{rank}", own)
+        name: str = store.get(f"answer-to-{own}").decode()  # waits
+        store.add(f"{name}-met", 1)
+        return name
+    answered: set[str] = set()
+    until = time.monotonic() + store.timeout.total_seconds()
+    while store.add(f"{own}-met", 0) < size - 1:
+        for key in (f"newcomer-{other}" for other in range(1, size)):
+            # What an earlier start has left here is answered too, and nobody listens.
+            if store.check([key]) and (newcomer := store.get(key).decode()) not in answered:
+                store.set(f"answer-to-{newcomer}", own)
+                answered.add(newcomer)
+        if time.monotonic() > until:
+            raise RuntimeError(f"of {size} ranks, {store.add(f'{own}-met', 0) + 1} came within {store.timeout}")
+        time.sleep(0.02)
+    return own
 
 
 @contextlib.contextmanager
@@ -104,15 +132,15 @@ def world(device: str) -> Iterator[World]:
     chosen = torch_device(device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    # Objects and the agreement to stop travel by gloo, so that no GPU has to be waited for.
-    # After a restart torchrun offers the store of before, with addresses of processes that are gone.
     store, rank, size = next(iter(rendezvous("env://")))
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = dist.PrefixStore(f"start-{attempt}", store)  # type: ignore[attr-defined]
+    store = dist.PrefixStore(meet(store, rank, size), store)  # type: ignore[attr-defined]
+    # Objects and the agreement to stop travel by gloo, so that no GPU has to be waited for.
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     try:
-        yield World(dist.get_rank(), dist.get_world_size(), chosen, grouped=True)
+        restarts = torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))
+        dist.all_reduce(restarts, op=dist.ReduceOp.MAX)
+        yield World(rank, size, chosen, grouped=True, restarted=int(restarts) > 0)
     finally:
         dist.destroy_process_group()
 

@@ -28,7 +28,7 @@ from ..checkpoint import FolderLock, save_checkpoint
 from ..engine import AMP_DTYPES, TrainingError, environment
 from ..glmc import Pairs, mix_pairs, sampling_weights
 from ..networks import store_channels_last
-from ..parallel import Spread, Stop, World, restarted
+from ..parallel import Spread, Stop, World
 from ..recipes import Schedule
 from ..reporting import Figures, Reporter, accuracy_figures, closing_table, group_means, write_result
 from ..settings import check_same, choose_algorithms
@@ -100,7 +100,7 @@ class Trainer:
             raise ValueError("--fsdp shards over the ranks of a process group: start with torchrun")
         self.folder = settings.output_dir
         self.checkpoints = self.folder / "checkpoints"
-        self.resumes = settings.resume or restarted()
+        self.resumes = settings.resume or world.restarted
         newest = newest_checkpoint(self.checkpoints, world)
         if newest is not None and not (self.resumes or settings.overwrite):
             raise ValueError(f"{self.folder} holds a run: pass --resume, --overwrite, or another --output-dir")
