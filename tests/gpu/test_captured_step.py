@@ -41,12 +41,9 @@ def data_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def train(data_dir: Path, folder: Path, *options: str) -> Any:
     cifar_lt = sys.modules.get("cifar_lt") or __import__("cifar_lt")
-    argv = (
-        f"--data-dir {data_dir} --output-dir {folder} --preset small --epochs 3 --warmup-epochs 1 --device cuda".split()
-    )
-    settings = cifar_lt.settings_from(
-        cifar_lt.build_parser().parse_args([*argv, "--quiet", "--no-tensorboard", *options])
-    )
+    argv = f"--data-dir {data_dir} --output-dir {folder} --preset small --depth 8 --resolution 8 --epochs 3".split()
+    argv += ["--warmup-epochs", "1", "--device", "cuda", "--quiet", "--no-tensorboard"]
+    settings = cifar_lt.settings_from(cifar_lt.build_parser().parse_args([*argv, *options]))
     trainer = sys.modules["longtail.engine"].Trainer(settings)
     trainer.run()
     return trainer
