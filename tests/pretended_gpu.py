@@ -1,6 +1,6 @@
 """A GPU in pretence, where none is at hand: on which device tensors lie, who waits for whom, what a graph replays.
 
-Tensors "on cuda:0" are tensors of the CPU whose storage carries a mark. Every operation is looked at as it is
+Tensors "on cuda:0" are tensors of the CPU whose storage is marked. Every operation is looked at as it is
 dispatched, below autograd: operands on two devices raise, as they would on a GPU; a copy between devices, or a value
 read on the host, is noted, and raises where a wait is forbidden or a graph is being recorded. A recorded graph holds
 operations and the tensors they had; replaying does the operations again, into the same tensors, without a line of
@@ -24,6 +24,7 @@ import pytest
 import torch
 from operations import host_reads, name_of
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -42,9 +43,28 @@ def tensors_in(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
+class Marks:
+    """What is known of storages, for as long as they live: their Python objects come and go before them."""
+
+    def __init__(self) -> None:
+        self._known: dict[StorageWeakRef, torch.device] = {}
+        self._sweep = 10_000
+
+    def __getitem__(self, storage: Any) -> torch.device:
+        return self._known.get(StorageWeakRef(storage), CPU)
+
+    def __setitem__(self, storage: Any, place: torch.device) -> None:
+        self._known[StorageWeakRef(storage)] = place  # a reference held weakly keeps the address from being used again
+        if len(self._known) > self._sweep:
+            self._known = {reference: place for reference, place in self._known.items() if not reference.expired()}
+            self._sweep = 2 * len(self._known) + 10_000
+
+
+PLACES, PINNED = Marks(), Marks()
+
+
 def lies_on(tensor: Tensor) -> torch.device:
-    place: torch.device = getattr(tensor.untyped_storage(), "pretended", CPU)
-    return place
+    return PLACES[tensor.untyped_storage()]
 
 
 T = TypeVar("T")
@@ -52,7 +72,7 @@ T = TypeVar("T")
 
 def put(tree: T, place: torch.device) -> T:
     for part in tensors_in(tree):
-        part.untyped_storage().pretended = place  # type: ignore[attr-defined]
+        PLACES[part.untyped_storage()] = place
     return tree
 
 
@@ -170,7 +190,7 @@ class PretendedGpu(TorchDispatchMode):
         place = GPU if place.type == "cuda" else place
         if place == tensor.device:
             return self._real_to(tensor, **kwargs) if kwargs else tensor
-        if not (non_blocking and getattr(tensor.untyped_storage(), "pinned", False)):
+        if not (non_blocking and PINNED[tensor.untyped_storage()] == GPU):
             self.wait("copy")
         with self._making(place):
             moved: Tensor = self._real_to(tensor, **{"dtype": tensor.dtype, **kwargs}, copy=True)
@@ -208,7 +228,7 @@ class PretendedGpu(TorchDispatchMode):
             return real_tolist(tensor)
 
         def pin_memory(tensor: Tensor, *_: Any) -> Tensor:
-            tensor.untyped_storage().pinned = True  # type: ignore[attr-defined]
+            PINNED[tensor.untyped_storage()] = GPU
             return tensor
 
         patch.setattr(Tensor, "device", property(device), raising=False)
@@ -226,7 +246,7 @@ class PretendedGpu(TorchDispatchMode):
 
         def copied(storage: Any, memo: Any) -> Any:
             out = real_copy(storage, memo)
-            out.pretended = getattr(storage, "pretended", CPU)
+            PLACES[out] = PLACES[storage]
             return out
 
         patch.setattr(torch.storage._StorageBase, "__deepcopy__", copied)
