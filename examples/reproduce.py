@@ -11,12 +11,15 @@ CIFAR-10 and CIFAR-100 at imbalance 200, 100 and 50 with three seeds: 252 runs, 
 `cifar_lt.py --download` fetches.
 
 Every finished run is one line of the records file and is never repeated. Interrupt it whenever you like: the next call
-goes on, in the middle of a run from its last epoch. Exit code 1 means that a run failed, 2 a bad option or file.
+goes on, in the middle of a run from its last checkpoint. On a GPU the runs are captured (`--options=--no-capture` for
+none), and several `--jobs` share it through NVIDIA's MPS where that is installed. Exit code 1 means that a run failed,
+2 a bad option or file.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 import shlex
 import sys
@@ -24,9 +27,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import cifar_lt
+import torch
 from longtail.data import find_folder
 from longtail.grid import FAMILIES, PRESETS, SEEDS, SETTINGS, STRATEGIES, Cell, Record, Records, cell_of, cells
-from longtail.runner import Job, Local, Ray, run_grid
+from longtail.runner import GPU_CHECKPOINT_SECONDS, Job, Local, Ray, run_grid, shared_gpu
 from longtail.table import draw, markdown
 
 RECORDS = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "table1.jsonl"
@@ -56,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     how = parser.add_argument_group("how")
     how.add_argument("--data-dir", type=Path, default=Path("data"), help="folder of the archives (default data)")
     how.add_argument("--work-dir", type=Path, default=Path("runs") / "table1", help="default runs/table1")
-    how.add_argument("--jobs", type=int, default=1, help="runs at a time; several may share a GPU (default 1)")
+    how.add_argument("--jobs", type=int, default=1, help="runs at a time; several share a GPU (default 1)")
     how.add_argument("--budget", type=duration, metavar="TIME", help="start no run that would end later: 90s, 9m, 2h")
     how.add_argument("--attempts", type=int, default=2, help="how often a run may die (default %(default)s)")
     how.add_argument("--engine", choices=("local", "ray"), default="local", help="ray: beyond one machine")
@@ -67,6 +71,30 @@ def build_parser() -> argparse.ArgumentParser:
     report = parser.add_argument_group("report")
     report.add_argument("--figure", type=Path, help="also draw the gains, .svg or .png")
     return parser
+
+
+def execution(args: argparse.Namespace) -> tuple[tuple[str, ...], str | None]:
+    """Return the options of every run, and the GPU they will run on, None for the CPU.
+
+    On a GPU a step that is launched kernel by kernel takes several times as long as the same step replayed, and an
+    epoch may take no longer than a few checkpoints: what the options do not say is set for that there.
+    """
+    extra = tuple(shlex.split(args.options))
+    parser = cifar_lt.build_parser()
+    parser.set_defaults(capture=None, checkpoint_seconds=None)
+    given = parser.parse_args(["--data-dir", str(args.data_dir), *extra])
+    device = given.device
+    if device == "auto":
+        # Ray shows its tasks the GPUs that they asked for, and the machine here may have none.
+        gpu = args.gpus_per_run > 0 if args.engine == "ray" else torch.cuda.is_available()
+        device = "cuda" if gpu else "cpu"
+    if not device.startswith("cuda"):
+        return extra, None
+    if given.capture is None and given.amp != "fp16":  # which cannot be captured
+        extra += ("--capture",)
+    if given.checkpoint_seconds is None:
+        extra += ("--checkpoint-seconds", str(GPU_CHECKPOINT_SECONDS))
+    return extra, device
 
 
 def check_options(chosen: Sequence[Cell], records: Sequence[Record], job: Job) -> None:
@@ -119,14 +147,22 @@ def run(args: argparse.Namespace) -> int:
     for dataset in {cell.dataset for cell in chosen}:
         find_folder(dataset, args.data_dir)
     records = Records(args.records)
-    job = Job(args.data_dir.resolve(), args.work_dir.resolve(), tuple(shlex.split(args.options)), args.attempts)
+    extra, gpu = execution(args)
+    job = Job(args.data_dir.resolve(), args.work_dir.resolve(), extra, args.attempts)
     check_options(chosen, records.read(), job)
-    engine: Local | Ray
-    if args.engine == "ray":
-        engine = Ray(job, args.jobs, gpus=args.gpus_per_run, address=args.ray_address)
-    else:
-        engine = Local(job, args.jobs)
-    progress = run_grid(chosen, records, engine, budget_s=args.budget, note=lambda text: print(text, flush=True))
+
+    def note(text: str) -> None:
+        print(text, flush=True)
+
+    with contextlib.ExitStack() as stack:
+        engine: Local | Ray
+        if args.engine == "ray":
+            engine = Ray(job, args.jobs, gpus=args.gpus_per_run, address=args.ray_address)
+        elif gpu is None:
+            engine = Local(job, args.jobs)
+        else:
+            engine = Local(job, args.jobs, stack.enter_context(shared_gpu(args.jobs, gpu, note)))
+        progress = run_grid(chosen, records, engine, budget_s=args.budget, note=note)
     print(
         f"finished {len(progress.finished)}, failed {len(progress.failed)}, left {len(progress.left)}; "
         f"see: python examples/reproduce.py report --preset {args.preset}"

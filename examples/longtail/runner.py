@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +19,25 @@ from typing import Any
 from .grid import Cell, Record, Records, record_of
 
 SCRIPT = Path(__file__).resolve().parent.parent / "cifar_lt.py"
+
+GPU_CHECKPOINT_SECONDS = 2.0  # apart: writing one takes 25 ms, and an epoch on a GPU may take 75
+
+MPS_CONTROL, MPS_PIPES, MPS_LOGS = "nvidia-cuda-mps-control", "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"
+# Waits for the end of its input, which comes however the grid ends. The daemon must not hold the pipes.
+MPS_KEEPER = f"""
+{MPS_CONTROL} -d </dev/null >"$0/start" 2>&1 || exit
+echo started
+read -r _
+echo quit | {MPS_CONTROL} >/dev/null 2>&1
+rm -rf "$0"
+"""
+USE_GPU = """
+import sys, torch
+try:
+    torch.zeros(1, device=sys.argv[1])
+except RuntimeError as error:
+    sys.exit(str(error).splitlines()[0])
+"""
 
 
 @dataclass(frozen=True)
@@ -44,15 +67,20 @@ class Job:
 
 
 class Children:
-    """The training processes of a grid, so that an interrupted grid can end them."""
+    """The training processes of a grid, so that an interrupted grid can end them.
 
-    def __init__(self) -> None:
+    Args:
+        environment: added to the variables of this process.
+    """
+
+    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
+        self.environment = {**os.environ, **(environment or {})}
         self.stopped = False
         self.processes: set[subprocess.Popen[str]] = set()
 
     def run(self, command: Sequence[str]) -> tuple[int, str]:
         """Run a command to its end and return its exit code and what it wrote to stderr."""
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(command, env=self.environment, stderr=subprocess.PIPE, text=True) as process:
             self.processes.add(process)
             if self.stopped:
                 process.terminate()
@@ -85,13 +113,98 @@ def run_cell(cell: Cell, job: Job, children: Children | None = None) -> Record:
     return {**vars(cell), "failed": error, "attempts": attempts}
 
 
-class Local:
-    """Runs cells on this machine, `jobs` at a time; several may share a GPU."""
+@contextlib.contextmanager
+def shared_gpu(jobs: int, device: str = "cuda", note: Callable[[str], None] = print) -> Iterator[dict[str, str]]:
+    """Have a GPU compute for several processes at once, by a daemon of NVIDIA's Multi-Process Service (MPS).
 
-    def __init__(self, job: Job, jobs: int) -> None:
+    Without one it takes turns between processes, however little of it each uses. The daemon is private and ends with
+    the context, or with this process, even killed. Where there is none to be had, the reason is noted; a daemon of the
+    user's own (`CUDA_MPS_PIPE_DIRECTORY`) is used as it is.
+
+    Args:
+        jobs: how many processes there will be at a time; one needs no daemon.
+        device: that they will use.
+        note: says what happens, in a line.
+
+    Yields:
+        The variables to add to the environment of these processes.
+    """
+    with contextlib.ExitStack() as stack:
+        environment: dict[str, str] = {}
+        if jobs > 1 and not os.environ.get(MPS_PIPES):
+            try:
+                environment = stack.enter_context(_mps_daemon(device))
+                note(f"{jobs} runs at a time compute on the GPU at once, through MPS")
+            except OSError as error:
+                note(f"{jobs} runs at a time only take turns on the GPU: {error}")
+        yield environment
+
+
+@contextlib.contextmanager
+def _mps_daemon(device: str) -> Iterator[dict[str, str]]:
+    """Run an MPS daemon and yield the variables of its clients.
+
+    Raises:
+        OSError: no GPU can be used through one here.
+    """
+    if shutil.which(MPS_CONTROL) is None:
+        raise OSError(
+            f"{MPS_CONTROL} is missing; install nvidia-cuda-mps (Debian), nvidia-compute-utils-N for driver N (Ubuntu)"
+        )
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    if visible[0].isdigit() and visible != [str(number) for number in range(len(visible))]:
+        raise OSError(
+            f"CUDA_VISIBLE_DEVICES is {','.join(visible)}, and MPS would number these GPUs anew from 0; name them by "
+            "their UUIDs, which nvidia-smi -L lists"
+        )
+    folder = Path(tempfile.mkdtemp(prefix="mps-", dir="/tmp"))  # the path of a Unix socket has 107 bytes at most
+    variables = {MPS_PIPES: str(folder / "pipes"), MPS_LOGS: str(folder / "logs")}
+    for path in variables.values():
+        Path(path).mkdir()
+    environment = {**os.environ, **variables}
+    keeper = subprocess.Popen(
+        ["/bin/sh", "-c", MPS_KEEPER, str(folder)],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # out of the reach of Ctrl-C
+    )
+    assert keeper.stdin is not None
+    assert keeper.stdout is not None
+    try:
+        if not keeper.stdout.readline():
+            lines = (folder / "start").read_text().split("\n")
+            raise OSError(f"{MPS_CONTROL} -d ended with exit code {keeper.wait()}: {lines[0] or 'no message'}")
+        # The daemon starts its server for the first client only, and where that fails every run would.
+        client = [sys.executable, "-c", USE_GPU, device]
+        try:
+            subprocess.run(client, env=environment, capture_output=True, text=True, check=True, timeout=120)
+        except subprocess.SubprocessError as error:
+            lines = str(getattr(error, "stderr", None) or error).strip().splitlines()
+            raise OSError(f"through MPS it cannot be used here: {lines[-1]}") from error
+        yield variables
+    finally:
+        keeper.stdin.close()
+        keeper.stdout.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # then it ends after us
+            keeper.wait(timeout=30)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+class Local:
+    """Runs cells on this machine, `jobs` at a time; several may share a GPU.
+
+    Args:
+        job: how.
+        jobs: how many at a time.
+        environment: added to their variables, as from `shared_gpu`.
+    """
+
+    def __init__(self, job: Job, jobs: int, environment: Mapping[str, str] | None = None) -> None:
         self.job, self.slots = job, jobs
         self.pool = ThreadPoolExecutor(jobs)
-        self.children = Children()
+        self.children = Children(environment)
         self.running: dict[Future[Record], Cell] = {}
 
     def start(self, cell: Cell) -> None:

@@ -10,14 +10,17 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import reproduce
+import torch
 from longtail import grid, runner, table
 from longtail.data import long_tail_counts
 from longtail.grid import Cell, Records, cell_of, cells
@@ -432,6 +435,254 @@ def test_ray_that_is_not_installed_is_named(tiny_job: Job, monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ValueError, match=r"pip install 'spalign\[ray\]'"):
         runner.Ray(tiny_job, 1)
+
+
+# --- on a GPU ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "here", "gpu", "captured"),
+    [
+        ([], True, "cuda", True),
+        ([], False, None, False),
+        (["--options=--device cuda:1"], False, "cuda:1", True),
+        (["--options=--device cpu"], True, None, False),
+        (["--options=--amp bf16 --channels-last"], True, "cuda", True),
+        (["--options=--amp=fp16"], True, "cuda", False),
+        (["--options=--no-capture"], True, "cuda", False),
+        (["--options=--capture"], True, "cuda", True),
+        (["--options=--checkpoint-seconds 0.5"], True, "cuda", True),
+        # A driver without a GPU sends runs to machines that have one, and one that has a GPU to others without.
+        (["--engine", "ray", "--gpus-per-run", "0.25"], False, "cuda", True),
+        (["--engine", "ray", "--gpus-per-run", "1", "--options=--no-capture"], False, "cuda", False),
+        (["--engine", "ray", "--gpus-per-run", "1", "--options=--device cpu"], True, None, False),
+        (["--engine", "ray"], True, None, False),
+        (["--engine", "ray", "--options=--device cuda"], False, "cuda", True),
+    ],
+)
+def test_runs_on_a_gpu_are_captured(
+    argv: list[str], here: bool, gpu: str | None, captured: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import cifar_lt
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: here)
+    extra, device = reproduce.execution(reproduce.build_parser().parse_args(argv))
+    assert device == gpu
+    for one in (cell(), cell("glmc-maxnorm")):
+        command = Job(Path("data"), Path("work"), extra).command(one)
+        settings = cifar_lt.settings_from(cifar_lt.build_parser().parse_args(command[2:]))
+        assert settings.capture == captured
+        assert settings.checkpoint_seconds == (0.5 if "0.5" in " ".join(argv) else 2.0 if gpu else 0.0)
+
+
+@dataclass
+class FakeMps:
+    """A control program in NVIDIA's stead, whose daemon is a process that sleeps and holds what it inherited.
+
+    Attributes:
+        log: a line for every call, with the folder of pipes; for a client too.
+        notes: what was said of it.
+    """
+
+    folder: Path
+    log: Path
+    notes: list[str] = field(default_factory=list)
+
+    def calls(self) -> list[str]:
+        return [line.split()[0] for line in self.log.read_text().splitlines()] if self.log.exists() else []
+
+    def pipes(self) -> Path:
+        (folder,) = {line.split()[1] for line in self.log.read_text().splitlines()}
+        return Path(folder)
+
+    def daemon(self) -> int:
+        return int((self.folder / "daemon").read_text())
+
+    def is_gone(self) -> bool:
+        """Return whether daemon and folder are gone, within a minute: what is told to end may linger."""
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            try:
+                ended = Path(f"/proc/{self.daemon()}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+            except OSError:
+                ended = True
+            if ended and not self.pipes().parent.exists():
+                return True
+            time.sleep(0.02)
+        return False
+
+
+@pytest.fixture
+def mps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeMps:
+    if not sys.platform.startswith("linux"):
+        pytest.skip("MPS is of Linux alone")
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    program = folder / runner.MPS_CONTROL
+    program.write_text(
+        '#!/bin/sh\nwhat="$1"\n[ "$what" ] || read -r what\n'
+        'echo "$what $CUDA_MPS_PIPE_DIRECTORY $CUDA_MPS_LOG_DIRECTORY" >>"$FAKE/log"\n'
+        'if [ "$what" = quit ]; then kill $(cat "$FAKE/daemon"); exit; fi\n'
+        'sleep 600 &\necho $! >"$FAKE/daemon"\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("FAKE", str(folder))
+    for name in (runner.MPS_PIPES, runner.MPS_LOGS, "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    client = f"import os; print('client', os.environ[{runner.MPS_PIPES!r}], file=open({str(folder / 'log')!r}, 'a'))"
+    monkeypatch.setattr(runner, "USE_GPU", client)
+    return FakeMps(folder, folder / "log")
+
+
+def test_several_runs_share_a_gpu_through_a_private_daemon(
+    mps: FakeMps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / ("long" * 30)))
+    with runner.shared_gpu(2, note=mps.notes.append) as environment:
+        assert mps.calls() == ["-d", "client"]
+        assert environment.keys() == {runner.MPS_PIPES, runner.MPS_LOGS}
+        assert environment[runner.MPS_PIPES] == str(mps.pipes())
+        assert all(Path(path).is_dir() for path in environment.values())
+        # The longest name of a socket or pipe in this folder; a Unix socket's path ends with the 107th byte.
+        assert len(f"{mps.pipes()}/nvidia-cuda-mps-control.pid") < 108
+        assert runner.MPS_PIPES not in os.environ
+    assert mps.calls() == ["-d", "client", "quit"]
+    assert mps.is_gone()
+    assert len(mps.notes) == 1
+    assert "through MPS" in mps.notes[0]
+
+
+@pytest.mark.parametrize("reason", [ValueError, KeyboardInterrupt])
+def test_the_daemon_ends_after_an_exception(reason: type[BaseException], mps: FakeMps) -> None:
+    with pytest.raises(reason), runner.shared_gpu(2, note=mps.notes.append):
+        raise reason
+    assert mps.calls() == ["-d", "client", "quit"]
+    assert mps.is_gone()
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_the_daemon_ends_with_a_grid_that_is_killed(end: signal.Signals, mps: FakeMps) -> None:
+    """Its keeper must be out of the reach of Ctrl-C, and a run that goes on must not hold the pipe to it."""
+    run = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print(flush=True); time.sleep(600)"
+    script = (
+        "import os, subprocess, sys; from longtail import runner; runner.USE_GPU = 'pass'\n"
+        "with runner.shared_gpu(2) as environment:\n"
+        f"    command = [sys.executable, '-c', {run!r}]\n"
+        "    run = subprocess.Popen(command, env=runner.Children(environment).environment, stdout=subprocess.PIPE)\n"
+        "    run.stdout.readline()\n"
+        "    with open(os.environ['FAKE'] + '/run', 'w') as file:\n"
+        "        file.write(str(run.pid))\n"
+        f"    os.{'killpg(0' if end == signal.SIGINT else 'kill(os.getpid()'}, {end.value})\n"
+        "    run.wait()"
+    )
+    grid = subprocess.run([sys.executable, "-c", script], cwd=EXAMPLES, check=False, start_new_session=True)
+    assert grid.returncode == -end
+    gone = mps.is_gone()
+    os.kill(int((mps.folder / "run").read_text()), signal.SIGKILL)  # it was still there
+    assert gone
+    assert mps.calls() == ["-d", "quit"]
+
+
+def test_a_daemon_that_cannot_start_is_done_without(mps: FakeMps) -> None:
+    program = mps.folder / runner.MPS_CONTROL
+    program.write_text('#!/bin/sh\necho "-d $CUDA_MPS_PIPE_DIRECTORY" >>"$FAKE/log"\necho not permitted >&2\nexit 3\n')
+    with runner.shared_gpu(4, note=mps.notes.append) as environment:
+        assert environment == {}
+    assert mps.calls() == ["-d"]
+    assert not mps.pipes().parent.exists()
+    (note,) = mps.notes
+    assert note == (
+        "4 runs at a time only take turns on the GPU: nvidia-cuda-mps-control -d ended with exit code 3: not permitted"
+    )
+
+
+def test_a_daemon_that_cannot_serve_is_done_without(mps: FakeMps, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It starts its server for the first client only, as in a container that may not."""
+    monkeypatch.setattr(runner, "USE_GPU", "import sys; sys.exit('server not ready')")
+    with runner.shared_gpu(2, note=mps.notes.append) as environment:
+        assert environment == {}
+        assert mps.calls() == ["-d", "quit"]
+        assert mps.is_gone()
+    (note,) = mps.notes
+    assert note.endswith("through MPS it cannot be used here: server not ready")
+
+
+def test_what_asks_for_the_gpu_says_why_not() -> None:
+    command = [sys.executable, "-c", runner.USE_GPU]
+    assert subprocess.run([*command, "cpu"], check=False).returncode == 0
+    failing = subprocess.run([*command, "nowhere"], capture_output=True, text=True, check=False)
+    assert failing.returncode == 1
+    assert "nowhere" in failing.stderr
+    assert failing.stderr.count("\n") == 1
+
+
+def test_without_mps_the_package_is_named(mps: FakeMps, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with runner.shared_gpu(2, note=mps.notes.append) as environment:
+        assert environment == {}
+    (note,) = mps.notes
+    assert "only take turns on the GPU" in note
+    assert "install nvidia-cuda-mps (Debian)" in note
+    assert "\n" not in note
+
+
+@pytest.mark.parametrize(("jobs", "variable"), [(1, None), (2, runner.MPS_PIPES)])
+def test_no_daemon_where_none_is_needed(
+    jobs: int, variable: str | None, mps: FakeMps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one run there is nothing to share, and a daemon of the user's serves as it is."""
+    if variable is not None:
+        monkeypatch.setenv(variable, "/tmp/mine")
+    with runner.shared_gpu(jobs, note=mps.notes.append) as environment:
+        assert environment == {}
+        assert runner.Children(environment).environment.get(runner.MPS_PIPES) == (variable and "/tmp/mine")
+    assert mps.calls() == []
+    assert mps.notes == []
+
+
+@pytest.mark.parametrize(("visible", "good"), [("0,1", True), ("GPU-1a2b", True), ("1", False), ("1,0", False)])
+def test_the_daemon_numbers_gpus_as_the_runs_do(
+    visible: str, good: bool, mps: FakeMps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with runner.shared_gpu(2, note=mps.notes.append) as environment:
+        assert bool(environment) == good
+    assert bool(mps.calls()) == good
+    (note,) = mps.notes
+    assert good or f"CUDA_VISIBLE_DEVICES is {visible}, and MPS would number these GPUs anew" in note
+
+
+@pytest.mark.parametrize(
+    ("argv", "shared"),
+    [
+        ("--jobs 2", True),
+        ("--jobs 2 --options=--no-capture", True),
+        ("--jobs 1", False),
+        ("--jobs 2 --options=--device=cpu", False),
+    ],
+)
+def test_the_grid_gives_its_runs_the_gpu_at_once_and_ends_the_daemon_when_they_fail(
+    argv: str, shared: bool, mps: FakeMps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, sys; print('run', os.environ.get('CUDA_MPS_PIPE_DIRECTORY'), *sys.argv, "
+        f"file=open({str(tmp_path / 'runs')!r}, 'a')); sys.exit(2)"
+    )
+    monkeypatch.setattr(runner, "SCRIPT", script)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(reproduce, "find_folder", lambda *_: None)
+    options = ["--records", str(tmp_path / "r.jsonl"), "--work-dir", str(tmp_path / "work"), "--methods", "ce"]
+    options += ["--preset", "small", "--aligns", "none", "--seeds", "0", "1", *argv.split()]
+    assert reproduce.main(options) == 1
+    runs = [line.split() for line in (tmp_path / "runs").read_text().splitlines()]
+    assert len(runs) == 2
+    for run in runs:
+        assert run[1] == (str(mps.pipes()) if shared else "None")
+        assert ("--capture" in run) == ("--options" not in argv)
+    assert mps.calls() == (["-d", "client", "quit"] if shared else [])
+    assert not shared or mps.is_gone()
 
 
 # --- the report -------------------------------------------------------------------------------------------------------
