@@ -32,7 +32,6 @@ import datetime
 import json
 import os
 import platform
-import shlex
 import statistics
 import subprocess
 import sys
@@ -54,6 +53,7 @@ from spalign import functional
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 from longtail.networks import CifarResNet  # noqa: E402
+from longtail.reporting import recorded_command  # noqa: E402
 
 Call = Callable[[], object]
 MODES: dict[str, float | None] = {"EMA": 0.1, "cumulative": None}
@@ -460,7 +460,7 @@ def conditions(args: argparse.Namespace, device: torch.device) -> dict[str, str]
         "commit": commit(),
         "seed": str(args.seed),
         "rounds": str(args.rounds),
-        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": recorded_command(f"benchmarks/{Path(sys.argv[0]).name}", sys.argv[1:]),
     }
 
 

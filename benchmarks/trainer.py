@@ -49,7 +49,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 import cifar_lt  # noqa: E402
 from longtail.data import MEAN, STD  # noqa: E402
 from longtail.engine import Trainer, environment  # noqa: E402
-from longtail.reporting import write_result  # noqa: E402
+from longtail.reporting import recorded_command, write_result  # noqa: E402
 from longtail.runner import GPU_CHECKPOINT_SECONDS, MPS_PIPES, shared_gpu  # noqa: E402
 from longtail.settings import Settings  # noqa: E402
 
@@ -328,7 +328,7 @@ def main() -> None:
             return
         about: dict[str, Any] = {
             "date": datetime.date.today().isoformat(),
-            "command": shlex.join(["python", "benchmarks/trainer.py", *sys.argv[1:]]),
+            "command": recorded_command("benchmarks/trainer.py", sys.argv[1:]),
             "preset": args.preset,
             "python": platform.python_version(),
             **environment(torch.device(args.device)),

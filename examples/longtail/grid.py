@@ -184,7 +184,9 @@ def cell_of(record: Record) -> Cell:
 
 def record_of(cell: Cell, result: Record) -> Record:
     """Return the record of a finished run, from what `cifar_lt.py` left in `result.json`."""
-    environment = dict(result["environment"])
+    environment, options, first_stage = dict(result["environment"]), dict(result["options"]), cell.first_stage()
+    if first_stage is not None:
+        options["first-stage"] = first_stage.name  # its folder is this machine's affair
     return {
         "dataset": cell.dataset,
         "imbalance": cell.imbalance,
@@ -204,5 +206,5 @@ def record_of(cell: Cell, result: Record) -> Record:
         "commit": environment.pop("commit"),
         "versions": environment,
         "data_fingerprint": result["data_fingerprint"],
-        "options": result["options"],
+        "options": options,
     }

@@ -120,6 +120,7 @@ def world(device: str) -> Iterator[World]:
 
     Raises:
         ValueError: there is no such device.
+        RuntimeError: not all ranks came.
     """
     if "RANK" not in os.environ:
         chosen = torch_device(device)

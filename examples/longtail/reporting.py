@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,15 @@ def accuracy_figures(correct_C: Tensor, count_C: Tensor, groups: Groups) -> Figu
     figures = {"all": 100 * float(correct_C.sum()) / float(count_C.sum()), "balanced": recall.pop("all"), **recall}
     # Rounded so that equal counts compare as equal, whatever the order of the sums.
     return {name: None if value is None else round(value, 6) for name, value in figures.items()}
+
+
+def recorded_command(script: str, arguments: Sequence[str]) -> str:
+    """Return a command as records hold it: absolute paths, which are one machine's own, as DIR."""
+    words = []
+    for word in arguments:
+        name, equals, value = word.rpartition("=")
+        words.append(f"{name}{equals}DIR" if Path(value).is_absolute() else word)
+    return shlex.join(["python", script, *words])
 
 
 class Reporter:

@@ -20,7 +20,7 @@ from .grid import Cell, Record, Records, record_of
 
 SCRIPT = Path(__file__).resolve().parent.parent / "cifar_lt.py"
 
-GPU_CHECKPOINT_SECONDS = 2.0  # apart: writing one takes 25 ms, and an epoch on a GPU may take 75
+GPU_CHECKPOINT_SECONDS = 2.0  # apart: on a GPU an epoch may take little more than writing one
 
 MPS_CONTROL, MPS_PIPES, MPS_LOGS = "nvidia-cuda-mps-control", "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"
 # Waits for the end of its input, which comes however the grid ends. The daemon must not hold the pipes.

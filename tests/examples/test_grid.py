@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -23,10 +24,12 @@ import reproduce
 import torch
 from longtail import grid, runner, table
 from longtail.data import long_tail_counts
-from longtail.grid import Cell, Records, cell_of, cells
+from longtail.grid import Cell, Records, cell_of, cells, record_of
+from longtail.reporting import recorded_command
 from longtail.runner import Job, Local, run_grid
 
 EXAMPLES = Path(reproduce.__file__).parent
+RESULTS = EXAMPLES.parent / "benchmarks" / "results"
 
 
 def cell(method: str = "ce", align: str = "none", seed: int = 0) -> Cell:
@@ -208,6 +211,18 @@ def test_max_norm_waits_for_its_first_stage(tmp_path: Path) -> None:
     failing: Any = Engine({cell("glmc").name})
     progress = run_grid(todo, Records(tmp_path / "s.jsonl"), failing, note=quiet)
     assert progress.left == [cell("glmc-maxnorm")]
+
+
+def test_records_hold_no_path_of_a_machine() -> None:
+    """A second stage's record names the run that it starts from; a command's folders are DIR."""
+    second = cell("glmc-maxnorm")
+    result = record(second) | {"environment": {"device": "x", "commit": None}, "data_fingerprint": "x"}
+    result |= {"epochs": 1, "finished": "", "options": {"first-stage": "/somewhere/else", "lr": 0.1}}
+    assert record_of(second, result)["options"] == {"first-stage": cell("glmc").name, "lr": 0.1}
+    command = recorded_command("benchmarks/x.py", ["--data-dir", "/a b/c", "--output=/d", "--device", "cuda"])
+    assert command == "python benchmarks/x.py --data-dir DIR --output=DIR --device cuda"
+    for path in RESULTS.iterdir():
+        assert not re.findall(r"(?<![\w.)])/(?:tmp|home|root|work|mnt|Users)/.*", path.read_text()), path.name
 
 
 def test_no_run_is_started_that_would_pass_the_budget(tmp_path: Path) -> None:
