@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from spalign import host
+from spalign import host, kernels
 
 __all__ = [
     "BatchShare",
@@ -331,6 +331,9 @@ def _absorb_batch_(
             rate_N = host.update_class_means_(mean_CD, weight_C, mean_sum_D, features, labels_N, momentum)
             if rate_N is not None:
                 return BatchShare(rate_N, labels_N)
+    state = mean_CD, weight_C, mean_sum_D
+    if kernels.can_update(*state, features, targets):
+        return BatchShare(*kernels.update_class_means_(*state, features, targets, momentum, ignore_index))
     with torch.no_grad():
         batch = _parse_batch(features.detach(), targets, num_classes, ignore_index, mean_CD.dtype)
         if batch.labels is not None and len(batch.labels) < num_classes:
@@ -679,11 +682,14 @@ def alignment_loss(
     """
     by_features = features is not None and share is not None and features.requires_grad
     moved_by = share if by_features else None
-    terms = None
-    if not torch.compiler.is_compiling() and host.can_align(weight_CD, mean_CD, center_D):
-        rate_N, labels_N = (None, None) if moved_by is None else moved_by
-        by_weight = weight_CD.requires_grad
-        terms = host.alignment_terms(weight_CD, mean_CD, seen_C, center_D, rate_N, labels_N, by_weight=by_weight)
+    terms, by_weight = None, weight_CD.requires_grad
+    rate, labels_N = (None, None) if moved_by is None else moved_by
+    # Compiled, the general form is one pass over the rows as well.
+    if center_D is not None and not torch.compiler.is_compiling():
+        if host.can_align(weight_CD, mean_CD, center_D):
+            terms = host.alignment_terms(weight_CD, mean_CD, seen_C, center_D, rate, labels_N, by_weight=by_weight)
+        elif kernels.can_align(weight_CD, mean_CD, center_D):
+            terms = kernels.alignment_terms(weight_CD, mean_CD, seen_C, center_D, rate, labels_N, by_weight=by_weight)
     if terms is None:
         loss, *grads = _alignment_terms(weight_CD, mean_CD, seen_C, center_D, moved_by)
     else:
@@ -870,6 +876,39 @@ def project_gradient(
         >>> project_gradient(g, w, mean, seen, gamma=0.5, radial="keep").tolist()
         [[1.0, 4.0], [0.0, 1.0]]
     """
+    return _project(grad_CD, weight_CD, mean_CD, seen_C, center_D, gamma=gamma, radial=radial)
+
+
+def _project(
+    grad_CD: Tensor,
+    weight_CD: Tensor,
+    mean_CD: Tensor,
+    seen_C: Tensor,
+    center_D: Tensor | None,
+    *,
+    gamma: float,
+    radial: Radial,
+    out: Tensor | None = None,
+) -> Tensor:
+    """:func:`project_gradient`, into ``out`` if given, which may be the gradient."""
+    if center_D is not None and kernels.can_align(weight_CD, mean_CD, center_D, grad_CD):
+        out, paper = torch.empty_like(grad_CD) if out is None else out, radial == "paper"
+        kernels.project_gradient(out, grad_CD, weight_CD, mean_CD, seen_C, center_D, gamma=gamma, paper=paper)
+        return out
+    projected_CD = _project_rows(grad_CD, weight_CD, mean_CD, seen_C, center_D, gamma=gamma, radial=radial)
+    return projected_CD if out is None else out.copy_(projected_CD)
+
+
+def _project_rows(
+    grad_CD: Tensor,
+    weight_CD: Tensor,
+    mean_CD: Tensor,
+    seen_C: Tensor,
+    center_D: Tensor | None,
+    *,
+    gamma: float,
+    radial: Radial,
+) -> Tensor:
     with torch.no_grad():
         rows, across = _rows_across(weight_CD, mean_CD, seen_C, center_D)
         g_CD, aa_C = grad_CD.to(rows.w.dtype), across.squared

@@ -166,9 +166,9 @@ def _dots(x_CD: _Floats, y_CD: _Floats) -> _Floats:
     return dots_C
 
 
-def can_align(weight_CD: Tensor, mean_CD: Tensor, center_D: Tensor | None) -> bool:
+def can_align(weight_CD: Tensor, mean_CD: Tensor, center_D: Tensor) -> bool:
     """Return whether :func:`alignment_terms` takes these, and is the shorter way: few elements, all of one dtype."""
-    if type(weight_CD) not in _PLAIN or type(mean_CD) is not Tensor or mean_CD.requires_grad or center_D is None:
+    if type(weight_CD) not in _PLAIN or type(mean_CD) is not Tensor or mean_CD.requires_grad:
         return False
     if weight_CD.dtype not in _INFO or not weight_CD.dtype is mean_CD.dtype is center_D.dtype:
         return False
@@ -179,7 +179,7 @@ def alignment_terms(
     weight_CD: Tensor,
     mean_CD: Tensor,
     seen_C: Tensor,
-    center_D: Tensor | None,
+    center_D: Tensor,
     rate_N: Tensor | None,
     labels_N: Tensor | None,
     *,
@@ -190,7 +190,7 @@ def alignment_terms(
     Names and formulas are those of :func:`spalign.functional.alignment_loss`. None, if any class has no direction, or
     if rates come without labels.
     """
-    if center_D is None or (rate_N is not None and labels_N is None) or not seen_C.numpy().all():
+    if (rate_N is not None and labels_N is None) or not seen_C.numpy().all():
         return None
     # A copy: what numpy has looked at can no longer be resized, and FSDP2 frees gathered parameters by that.
     w_CD, mean, center = weight_CD.detach().clone().numpy(), mean_CD.numpy(), center_D.numpy()

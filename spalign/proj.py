@@ -232,24 +232,27 @@ class SpAProj(Optimizer):
         grad = direction.grad.to_dense() if direction.grad.is_sparse else part(direction.grad)
         # With maximize=True the optimizer goes along the gradient: it descends along its negative.
         uphill = self._maximizes(optimizer, direction)
-        projected_CD = functional.project_gradient(
-            self.classifier.as_rows(-grad if uphill else grad),
+        grad_CD = self.classifier.as_rows(-grad if uphill else grad)
+        # In place: CUDA graphs and DDP's buckets know the gradient by its address (pitfall A17).
+        in_place = by_rows and not uphill and not direction.grad.is_sparse
+        projected_CD = functional._project(
+            grad_CD,
             self.classifier.as_rows(part(direction)),
             mean_CD,
             alignable_C,
+            center_D,
             gamma=self.gamma,
             radial=self.radial,
-            center_D=center_D,
+            out=grad_CD if in_place else None,
         )
         if uphill:
             projected_CD = projected_CD.neg_()
-        # In place: CUDA graphs and DDP's buckets know the gradient by its address (pitfall A17).
         if direction.grad.is_sparse:
             projected = self.classifier.as_stored(projected_CD)
             direction.grad.copy_(projected.sparse_mask(direction.grad.coalesce()))
-        elif by_rows:
+        elif by_rows and not in_place:
             self.classifier.as_rows(part(direction.grad)).copy_(projected_CD)
-        else:
+        elif not by_rows:
             direction.grad.copy_(distributed.shard_like(self.classifier.as_stored(projected_CD), direction.grad))
         if magnitude is not None and magnitude.grad is not None and self.radial == "paper":
             # Weight norm keeps the part of the gradient along the row in a leaf of its own.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from spalign import distributed, functional, host
+from spalign import distributed, functional, host, kernels
 from spalign.classifier import Classifier, ClassifierLike
 from spalign.distributed import Exchange, Group
 from spalign.functional import BatchShare
@@ -243,8 +243,10 @@ class ClassMeanTracker(nn.Module):
         A single class lies on the global mean to within rounding, which would pass for a direction: none is returned.
         """
         state: Any = self._buffers  # which is faster than a module's attributes
-        mean_CD, mean_sum_D = state["mean"], state["mean_sum"]
-        seen_C = state["weight"] > 0
+        mean_CD, weight_C, mean_sum_D = state["mean"], state["weight"], state["mean_sum"]
+        if kernels.can_read(mean_CD, weight_C, mean_sum_D):
+            return mean_CD, *kernels.geometry(weight_C, mean_sum_D)
+        seen_C = weight_C > 0
         if type(seen_C) is Tensor and seen_C.is_cpu and not torch.compiler.is_compiling():
             count = np.count_nonzero(seen_C.numpy())
             center_D = torch.from_numpy((mean_sum_D.numpy() / max(count, 1)).astype(mean_CD.numpy().dtype))

@@ -1,5 +1,6 @@
 """One thread, one seed, no timing limits: the suite says the same on every machine."""
 
+import importlib.util
 import os
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,10 @@ sys.path.insert(0, str(Path(__file__).parent))  # for `import reference`: import
 import hypothesis
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # Triton asks when it is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 hypothesis.settings.register_profile("spalign", deadline=None, derandomize=True, database=None, max_examples=40)
 hypothesis.settings.load_profile("spalign")
@@ -41,12 +46,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def _pretended_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
-    if torch.cuda.is_available() or not request.node.get_closest_marker("gpu"):
+    marker = request.node.get_closest_marker("gpu")
+    if torch.cuda.is_available() or marker is None:
         yield
         return
     from pretended_gpu import pretended_gpu
 
-    with pretended_gpu():
+    with pretended_gpu(own_kernels=HAS_TRITON and marker.kwargs.get("own_kernels", True)):
         yield
 
 

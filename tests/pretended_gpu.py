@@ -7,6 +7,9 @@ operations and the tensors they had; replaying does the operations again, into t
 Python of whoever recorded it. So a captured step that reads something from Python, or from a tensor that is replaced
 later, goes wrong here as it would there.
 
+spalign's own kernels run in Triton's interpreter, where asked for: on what lies on the device alone, and recorded as a
+launch each.
+
 What it cannot show: numbers of CUDA's kernels, times, memory, compiled code.
 """
 
@@ -27,6 +30,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from spalign import kernels
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 EITHER = torch.device("meta")  # made inside an operation, which knows where; as good as what it meets
@@ -81,17 +86,23 @@ class PretendedGpu(TorchDispatchMode):
 
     Attributes:
         waits: what the host has waited for so far, by operation.
+        launches: spalign's own kernels so far, by name.
         forbidden: whether waiting raises.
         recording: the graph that is being captured.
     """
 
-    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+    def __init__(self, patch: pytest.MonkeyPatch, *, own_kernels: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.waits: list[str] = []
+        self.launches: list[str] = []
         self.forbidden = False
         self.recording: Graph | None = None
         self._destination: torch.device | None = None  # of what is made or copied just now
         self._install(patch)
+        patch.setattr(kernels, "_ready", {0: own_kernels})
+        if own_kernels:
+            code = kernels._code()
+            patch.setattr(kernels, "_code", lambda: Kernels(self, code))
 
     def wait(self, what: str) -> None:
         """Note that the host waits for the device.
@@ -293,6 +304,7 @@ class PretendedGpu(TorchDispatchMode):
             "set_device": set_device,
             "synchronize": lambda device=None: None,
             "get_device_name": lambda device=None: "pretended GPU",
+            "device": lambda device: contextlib.nullcontext(),
             "set_sync_debug_mode": set_sync_debug_mode,
             "is_current_stream_capturing": lambda: self.recording is not None,
             "get_rng_state": lambda device=None: torch.zeros(16, dtype=torch.uint8),
@@ -374,6 +386,13 @@ class Graph:
                 self._known |= {part.untyped_storage()._cdata for part in tensors_in(tensor)}
         return out
 
+    def launch(self, kernel: Callable[[], None], tensors: list[Tensor]) -> None:
+        """Run a kernel, which may write to any of its tensors, and record it."""
+        for tensor in tensors:
+            self._save(tensor)
+        kernel()
+        self._calls.append((kernel, (), {}, ()))
+
     def end_capture(self) -> None:
         """Give tensors that were there before the values that they had."""
         with torch.utils._python_dispatch._disable_current_modes():
@@ -410,6 +429,41 @@ class Graph:
             self._before.append((whole, whole.clone()))
 
 
+class Kernels:
+    """A module of Triton kernels that run in the interpreter, as on the device: ``module.name[grid](...)``."""
+
+    def __init__(self, device: PretendedGpu, code: Any) -> None:
+        self._device, self._code = device, code
+
+    def __getattr__(self, name: str) -> Any:
+        return Launcher(self._device, name, getattr(self._code, name))
+
+
+class Launcher:
+    """One kernel, and with its grid, one launch."""
+
+    def __init__(self, device: PretendedGpu, name: str, kernel: Any) -> None:
+        self._device, self._name, self._kernel = device, name, kernel
+
+    def __getitem__(self, grid: Any) -> Launcher:
+        return Launcher(self._device, self._name, self._kernel[grid])
+
+    def __call__(self, *args: Any, **options: Any) -> None:
+        tensors = tensors_in((args, options))
+        if any(lies_on(tensor) == CPU for tensor in tensors):
+            raise ValueError(f"pointer argument of {self._name} cannot be accessed from Triton (cpu tensor?)")
+
+        def run() -> None:
+            with torch.utils._python_dispatch._disable_current_modes():
+                self._kernel(*args, **options)
+
+        self._device.launches.append(self._name)
+        if self._device.recording is not None:
+            self._device.recording.launch(run, tensors)
+        else:
+            run()
+
+
 class Stream:
     """Of work that is done as it is asked for."""
 
@@ -438,7 +492,7 @@ class Event:
 
 
 @contextlib.contextmanager
-def pretended_gpu() -> Iterator[PretendedGpu]:
-    """Let the device exist for as long as the context."""
-    with pytest.MonkeyPatch.context() as patch, PretendedGpu(patch) as device:
+def pretended_gpu(*, own_kernels: bool = False) -> Iterator[PretendedGpu]:
+    """Let the device exist for as long as the context, with or without spalign's own kernels, which are slow here."""
+    with pytest.MonkeyPatch.context() as patch, PretendedGpu(patch, own_kernels=own_kernels) as device:
         yield device

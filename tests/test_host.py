@@ -300,7 +300,6 @@ def test_which_tensors_the_loss_takes() -> None:
     assert not host.can_align(p.w.double(), p.mean, center)
     assert not host.can_align(torch.complex(p.w, -p.w).conj().imag, p.mean, center)  # negated when read, not in memory
     assert not host.can_align(p.w.bfloat16(), p.mean.bfloat16(), center.bfloat16())
-    assert not host.can_align(p.w, p.mean, None)
     assert not host.can_align(p.w, p.mean.clone().requires_grad_(), center)
     assert not host.can_align(p.w.to("meta"), p.mean.to("meta"), center.to("meta"))
     assert not host.can_align(torch.zeros(1 << 9, 1 << 8), torch.zeros(1 << 9, 1 << 8), torch.zeros(1 << 8))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -179,6 +181,38 @@ def test_the_second_stage_takes_its_network_to_the_device(
     more = ("--method", "glmc-maxnorm", "--first-stage", str(first.folder), "--capture")
     second = train(argv, *more, "--output-dir", str(tmp_path / "second"))
     assert second.record["loss"] > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "close"),
+    [
+        ("ce", 1e-3),  # other orders of sums, over four epochs
+        ("glmc", 0.1),  # where a change of 1e-7 in lambda shows in the second digit
+    ],
+)
+def test_the_librarys_own_kernels_train_the_same_in_a_smaller_graph(
+    name: str, close: float, tiny_options: Options
+) -> None:
+    """Class indices and mixed labels; of what the strategies add to a captured step, less than half is left."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("needs Triton, which comes with torch's CUDA builds")
+    if tuple(int(part) for part in importlib.metadata.version("triton").split(".")[:2]) < (3, 3):
+        pytest.skip("Triton's interpreter does not know numpy 2 before Triton 3.3")
+    losses, added = [], []
+    for own_kernels in (False, True):
+        nodes, record = [], {}
+        for strategies in ((), ("--spareg", "0.3", "--spaproj")):
+            options = ("--method", name, *strategies, "--device", "cuda", "--capture", "--epochs", "4")
+            with pretended_gpu(own_kernels=own_kernels) as gpu:
+                run = train(tiny_options(f"{own_kernels}{len(strategies)}", *options))
+            assert bool(gpu.launches) == own_kernels
+            graph: Any = run.training_step.graphs[32]
+            nodes.append(len(graph._calls))
+            record = run.record
+        added.append(nodes[1] - nodes[0])
+        losses.append(record["loss"])
+    assert added[1] < added[0] / 2
+    assert losses[1] == pytest.approx(losses[0], rel=close)
 
 
 def test_half_precision_waits_only_for_its_scaler(tiny_options: Options, gpu: PretendedGpu) -> None:

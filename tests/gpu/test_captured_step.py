@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-pytestmark = pytest.mark.gpu
+pytestmark = pytest.mark.gpu(own_kernels=False)  # thousands of steps; in the interpreter each takes a second
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 METHODS = {

@@ -1,0 +1,415 @@
+"""What every step does, where there is an NVIDIA GPU: a few Triton kernels for dozens of torch's.
+
+The update of the class means, the regularizer with its gradients, and the projection. They do what
+:mod:`spalign.functional` does on any device, equal to rounding, and add up in a fixed order: equal arguments give equal
+bits. Before their first use on a GPU they are compared with it there, once, which takes the seconds that they need to
+compile; where they cannot be compiled or do not agree, a warning says so and torch's operations do the work.
+``SPALIGN_KERNELS=0`` in the environment turns them off.
+
+Shapes: N samples, C classes, D feature dimensions, P programs.
+"""
+
+import contextlib
+import importlib.util
+import os
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = [
+    "alignment_terms",
+    "can_align",
+    "can_read",
+    "can_update",
+    "geometry",
+    "project_gradient",
+    "ready",
+    "update_class_means_",
+]
+
+SWITCH = "SPALIGN_KERNELS"
+# Beyond, a program would hold too much of a row or of the labels, or look at too many classes one after the other.
+MOST_SAMPLES, MOST_DIMENSIONS, MOST_CLASSES = 4096, 8192, 1 << 16
+MOST_SOFT = 1 << 16  # elements of features with soft labels, which every class reads
+MOST_PROGRAMS = 512  # for the rows of a classifier: enough to fill a GPU
+
+_PLAIN = (Tensor, nn.Parameter)
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_EPS, _TINY = torch.finfo(torch.float32).eps, torch.finfo(torch.float32).tiny
+_FLOOR_SQUARED = (16 * _EPS) ** 2
+_ready: dict[int | None, bool] = {}  # by GPU
+
+
+def _code() -> Any:
+    from spalign.kernels import code  # which needs Triton
+
+    return code
+
+
+def _on(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Make the GPU of ``x`` the current one, where Triton launches."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def _block(n: int, least: int = 16, most: int = MOST_DIMENSIONS) -> int:
+    """Return the power of two that holds ``n``."""
+    return min(max(least, 1 << (n - 1).bit_length()), most)
+
+
+def _blocks(n: int, block: int) -> tuple[int]:
+    return (-(-n // block),)
+
+
+def _warps(block: int, least: int = 1) -> int:
+    return min(max(block // 256, least), 16)
+
+
+def _tile(block: int) -> int:
+    """Return how many rows of ``block`` entries a program reads at a time."""
+    return min(max(2048 // block, 1), 32)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Whether they can be used
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def ready(x: Tensor) -> bool:
+    """Return whether the kernels can be used on the device of ``x``."""
+    known = _ready.get(x.device.index)
+    if known is None:
+        if torch.cuda.is_current_stream_capturing():
+            return False  # comparing would wait
+        known = _ready[x.device.index] = _try(x.device)
+    return known
+
+
+def _try(device: torch.device) -> bool:
+    if os.environ.get(SWITCH) == "0" or torch.version.hip is not None or importlib.util.find_spec("triton") is None:
+        return False
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    waits = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("default")
+    try:
+        wrong = disagreement(device)
+    except Exception as error:  # of a compiler that is missing, a driver, a version
+        wrong = f"{type(error).__name__}: {error}".splitlines()[0]
+    finally:
+        torch.cuda.set_sync_debug_mode(waits)
+    if wrong:
+        warnings.warn(
+            f"spalign's own kernels are not used on {device}, torch's operations are: {wrong}. {SWITCH}=0 in the "
+            "environment turns them off without this warning",
+            stacklevel=2,
+        )
+    return not wrong
+
+
+@torch.no_grad()
+def disagreement(device: torch.device) -> str:
+    """Compare the kernels with torch's operations on small problems. Return what differs, ``""`` if nothing does."""
+    from spalign import functional  # which imports this module
+
+    num_samples, num_classes, dim = 24, 5, 40
+
+    def wave(*shape: int, step: float) -> Tensor:  # not random numbers, whose generator is the user's
+        return torch.arange(1.0, 1.0 + torch.Size(shape).numel(), device=device).mul_(step).sin_().view(shape)
+
+    h_ND, w_CD, g_CD = (wave(n, dim, step=s) for n, s in ((num_samples, 0.7), (num_classes, 1.3), (num_classes, 2.1)))
+    w_CD.requires_grad_()
+    labels_N = torch.arange(num_samples, device=device) % (num_classes - 1)
+    soft_NC = torch.softmax(wave(num_samples, num_classes, step=1.9), 1)
+    pairs: dict[str, tuple[Tensor, Tensor]] = {}
+    for kind, targets in (("hard", labels_N), ("soft", soft_NC)):
+        mean_CD = wave(num_classes, dim, step=0.3)
+        mean_CD[0] = 0.0
+        weight_C = mean_CD.any(1).float()
+        state, expected = [[mean_CD.clone(), weight_C.clone(), mean_CD.double().sum(0)] for _ in range(2)]
+        share = update_class_means_(state[0], state[1], state[2], h_ND, targets, 0.3, -100)
+        batch = functional._parse_batch(h_ND, targets, num_classes, -100, torch.float32)
+        sums = functional._batch_statistics(batch, num_classes)
+        rates = functional._update_from_statistics_(expected[0], expected[1], *sums, 0.3, expected[2])
+        alignable_C, center_D = geometry(state[1], state[2])
+        moved_by = functional._share_of_rates(batch, rates)
+        rows, paper = (w_CD, expected[0], alignable_C, center_D), kind == "hard"
+        projected_CD = torch.empty_like(g_CD)
+        project_gradient(projected_CD, g_CD, *rows, gamma=0.4, paper=paper)
+        radial: functional.Radial = "paper" if paper else "keep"
+        terms: Any = alignment_terms(*rows, *share, by_weight=True)
+        their_terms: Any = functional._alignment_terms(*rows, moved_by)
+        for name, mine, theirs in (
+            ("class means", state[0], expected[0]),
+            ("weights", state[1], expected[1]),
+            ("sum of the means", state[2], expected[2]),
+            ("rates", share[0], moved_by.rate),
+            ("global mean", center_D, functional.global_mean(expected[0], expected[1] > 0)),
+            ("projection", projected_CD, functional._project_rows(g_CD, *rows, gamma=0.4, radial=radial)),
+            ("loss", terms[0], their_terms[0]),
+            ("gradient by the classifier", terms[1], their_terms[1]),
+            ("gradient by the features", terms[2], their_terms[2]),
+        ):
+            pairs[f"{name} ({kind} labels)"] = mine, theirs
+    # Sums of at most 40 numbers of about 1, in another order, and quotients of them.
+    wrong = [name for name, (a, b) in pairs.items() if not torch.allclose(a.double(), b.double(), 1e-4, 1e-5)]
+    return f"they differ in {', '.join(wrong)}" if wrong else ""
+
+
+def _are_plain(*tensors: Tensor) -> bool:
+    return all(type(x) in _PLAIN for x in tensors)
+
+
+def _is_state(*tensors: Tensor) -> bool:
+    return all(x.dtype is torch.float32 and x.is_contiguous() for x in tensors)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Class means
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def can_update(mean_CD: Tensor, weight_C: Tensor, mean_sum_D: Tensor | None, features: Tensor, targets: Tensor) -> bool:
+    """Return whether :func:`update_class_means_` takes this state and a batch of these shapes and dtypes."""
+    if not features.is_cuda or torch.compiler.is_compiling():
+        return False
+    (num_samples, dim), soft = features.shape, targets.is_floating_point()
+    if not (0 < num_samples <= MOST_SAMPLES and 0 < dim <= MOST_DIMENSIONS and features.dtype in _FLOATS):
+        return False
+    if soft and not (features.numel() <= MOST_SOFT and len(mean_CD) <= MOST_DIMENSIONS and targets.dtype in _FLOATS):
+        return False
+    return (
+        _are_plain(mean_CD, weight_C, features, targets)
+        and (mean_sum_D is None or (type(mean_sum_D) is Tensor and mean_sum_D.dtype is torch.float64))
+        and _is_state(mean_CD, weight_C)
+        and ready(features)
+    )
+
+
+def update_class_means_(
+    mean_CD: Tensor,
+    weight_C: Tensor,
+    mean_sum_D: Tensor | None,
+    features: Tensor,
+    targets: Tensor,
+    momentum: float | None,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor | None]:
+    """Move class means in place by a batch that :func:`can_update` takes.
+
+    Returns:
+        the rate of each sample (N,) and its class (N,) int64, both 0 where it was passed over; of soft labels the rates
+        (N, C) and None.
+    """
+    features, targets = features.detach(), targets.detach().contiguous()
+    (num_samples, dim), num_classes = features.shape, len(mean_CD)
+    block = _block(dim)
+    soft = targets.is_floating_point()
+    # What the means move by: in the row of a class's first sample, or of the class.
+    delta = mean_CD.new_empty(num_classes if soft else num_samples, dim)
+    moved = delta.new_empty(len(delta), dtype=torch.int8)
+    rate = delta.new_empty(targets.shape)
+    class_N = None if soft else targets.new_empty(num_samples, dtype=torch.int64)
+    keep = 0.0 if momentum is None else momentum
+    how: dict[str, Any] = {"CUMULATIVE": momentum is None, "BLOCK_R": _tile(block), "BLOCK_D": block}
+    how["num_warps"] = _warps(block, 4)
+    code = _code()
+    with _on(features):
+        if soft:
+            block_c = _block(num_classes)
+            code.soft_weights[(num_samples,)](
+                rate,
+                features,
+                targets,
+                *features.stride(),
+                num_classes,
+                dim,
+                _TINY / _EPS,
+                BLOCK_C=block_c,
+                BLOCK_D=block,
+                num_warps=_warps(max(block, block_c)),
+            )
+            state = (mean_CD, weight_C, delta, moved, rate, features)
+            code.move_soft_means[(num_classes,)](*state, *features.stride(), num_samples, num_classes, dim, keep, **how)
+        else:
+            arguments = (mean_CD, weight_C, delta, moved, rate, class_N, features, targets)
+            code.move_means[(num_samples,)](
+                *arguments,
+                *features.stride(),
+                num_samples,
+                num_classes,
+                dim,
+                ignore_index,
+                keep,
+                BLOCK_N=_block(num_samples),
+                **how,
+            )
+        if mean_sum_D is not None:
+            code.add_deltas[_blocks(dim, 64)](
+                mean_sum_D, delta, moved, len(delta), dim, BLOCK_R=32, BLOCK_D=64, num_warps=4
+            )
+    for written in (mean_CD, weight_C):
+        if not written.is_inference():  # autograd has not seen it
+            torch.autograd.graph.increment_version(written)
+    return rate, class_N
+
+
+def can_read(mean_CD: Tensor, weight_C: Tensor, mean_sum_D: Tensor) -> bool:
+    """Return whether :func:`geometry` takes this state."""
+    return (
+        weight_C.is_cuda
+        and not torch.compiler.is_compiling()
+        and len(weight_C) <= MOST_CLASSES
+        and _are_plain(mean_CD, weight_C, mean_sum_D)
+        and _is_state(mean_CD, weight_C)
+        and mean_sum_D.dtype is torch.float64
+        and ready(weight_C)
+    )
+
+
+def geometry(weight_C: Tensor, mean_sum_D: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the classes to align, (C,) bool, which are those seen if there are two, and the global mean (D,)."""
+    num_classes, dim = len(weight_C), len(mean_sum_D)
+    alignable_C, center_D = torch.empty_like(weight_C, dtype=torch.bool), weight_C.new_empty(dim)
+    block, block_c = _block(dim, most=1024), _block(num_classes, most=1024)
+    with _on(weight_C):
+        _code().geometry[_blocks(dim, block)](
+            center_D,
+            alignable_C.view(torch.int8),
+            weight_C,
+            mean_sum_D,
+            num_classes,
+            dim,
+            BLOCK_C=block_c,
+            BLOCK_D=block,
+            num_warps=4,
+        )
+    return alignable_C, center_D
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Alignment
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def can_align(weight_CD: Tensor, mean_CD: Tensor, center_D: Tensor, *grads: Tensor) -> bool:
+    """Return whether :func:`alignment_terms`, and with a gradient :func:`project_gradient`, take these."""
+    if not mean_CD.is_cuda or torch.compiler.is_compiling():
+        return False
+    return (
+        mean_CD.numel() > 0
+        and mean_CD.shape[1] <= MOST_DIMENSIONS
+        and not mean_CD.requires_grad
+        and all(x.dtype in _FLOATS for x in (weight_CD, *grads))
+        and _are_plain(weight_CD, mean_CD, center_D, *grads)
+        and _is_state(mean_CD, center_D)
+        and ready(mean_CD)
+    )
+
+
+def alignment_terms(
+    weight_CD: Tensor,
+    mean_CD: Tensor,
+    seen_C: Tensor,
+    center_D: Tensor,
+    rate: Tensor | None,
+    labels_N: Tensor | None,
+    *,
+    by_weight: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return the regularizer, its gradient by the weight (C, D) and that by the features (N, D), where asked for.
+
+    The latter is asked for by what :func:`spalign.functional.update_class_means_` returned, rate and labels.
+    """
+    code, (num_classes, dim) = _code(), mean_CD.shape
+    weight_CD, count = weight_CD.detach(), seen_C.sum()
+    seen_C = seen_C.contiguous().view(torch.int8)
+    programs, block, by_mean = min(num_classes, MOST_PROGRAMS), _block(dim), rate is not None
+    loss, loss_P = mean_CD.new_empty(()), mean_CD.new_empty(programs)
+    by_weight_CD = torch.empty_like(mean_CD) if by_weight else None
+    e_CD, e_sum_PD, e_sum_D, by_features_ND = None, None, None, None
+    if by_mean:
+        e_CD, e_sum_PD, e_sum_D = torch.empty_like(mean_CD), mean_CD.new_empty(programs, dim), mean_CD.new_empty(dim)
+    with _on(mean_CD):
+        code.align_rows[(programs,)](
+            by_weight_CD,
+            e_CD,
+            e_sum_PD,
+            loss_P,
+            weight_CD,
+            mean_CD,
+            center_D,
+            seen_C,
+            count,
+            *weight_CD.stride(),
+            num_classes,
+            dim,
+            programs,
+            _FLOOR_SQUARED,
+            _TINY,
+            BY_WEIGHT=by_weight,
+            BY_MEAN=by_mean,
+            BLOCK_D=block,
+            num_warps=_warps(block),
+        )
+        code.add_terms[_blocks(dim if by_mean else 1, 64)](
+            loss, e_sum_D, loss_P, e_sum_PD, programs, dim, BY_MEAN=by_mean, BLOCK_P=32, BLOCK_D=64, num_warps=4
+        )
+        if rate is not None and labels_N is not None:
+            by_features_ND = mean_CD.new_empty(len(labels_N), dim)
+            code.pull_back[(len(labels_N),)](
+                by_features_ND,
+                e_CD,
+                e_sum_D,
+                seen_C,
+                count,
+                rate,
+                labels_N,
+                dim,
+                BLOCK_D=block,
+                num_warps=_warps(block),
+            )
+    if rate is not None and labels_N is None:
+        assert e_CD is not None
+        assert e_sum_D is not None
+        with torch.autocast(mean_CD.device.type, enabled=False):
+            by_features_ND = rate @ e_CD.addr_(seen_C / count.clamp(min=1), e_sum_D, alpha=-1)
+    return loss, by_weight_CD, by_features_ND
+
+
+def project_gradient(
+    out_CD: Tensor,
+    grad_CD: Tensor,
+    weight_CD: Tensor,
+    mean_CD: Tensor,
+    seen_C: Tensor,
+    center_D: Tensor,
+    *,
+    gamma: float,
+    paper: bool,
+) -> None:
+    """Write the projected gradient into ``out_CD``, which may be the gradient itself."""
+    dim = grad_CD.shape[1]
+    block = _block(dim)
+    with _on(mean_CD):
+        _code().project[(len(grad_CD),)](
+            out_CD,
+            grad_CD.detach(),
+            weight_CD.detach(),
+            mean_CD,
+            center_D,
+            seen_C.contiguous().view(torch.int8),
+            *out_CD.stride(),
+            *grad_CD.stride(),
+            *weight_CD.stride(),
+            dim,
+            gamma,
+            _FLOOR_SQUARED,
+            _TINY,
+            PAPER=paper,
+            BLOCK_D=block,
+            num_warps=_warps(block),
+        )
+    if not out_CD.is_inference():
+        torch.autograd.graph.increment_version(out_CD)

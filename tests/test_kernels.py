@@ -1,0 +1,586 @@
+"""The Triton kernels against the paper's formulas: on a GPU where there is one, in Triton's interpreter elsewhere.
+
+The interpreter shows what a program computes and where it writes, one program after the other; that the kernels compile
+for GPUs of several generations is shown by compiling them, which needs none.
+"""
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import types
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import reference
+import torch
+from pretended_gpu import GPU, PretendedGpu, pretended_gpu
+from problems import HEADS, make_batch, make_problem, state_of, to_bools, to_numpy
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import spalign
+from spalign import functional as F
+from spalign import kernels
+
+HAS_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if HAS_GPU else "cpu"
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("needs Triton, which comes with torch's CUDA builds", allow_module_level=True)
+VERSION = tuple(int(part) for part in importlib.metadata.version("triton").split(".")[:2])
+# numpy, which the interpreter computes with, tells of overflow; a GPU does not.
+pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero):RuntimeWarning")
+runs = pytest.mark.skipif(
+    not HAS_GPU and VERSION < (3, 3), reason="Triton's interpreter does not know numpy 2 before Triton 3.3"
+)
+# float32 against float64: sums of up to 100 values of O(10), each rounded by 6e-8 of itself.
+SINGLE: dict[str, Any] = {"rtol": 2e-5, "atol": 2e-5}
+# (N, C, D): fewer and more samples than classes, dimensions that fill no block, one of each.
+SIZES = [(24, 5, 6), (9, 40, 33), (1, 2, 1), (33, 3, 130)]
+
+
+def device(x: Tensor) -> Tensor:
+    return x.to(DEVICE)
+
+
+def zeros(c: int, d: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a state of no class seen: means, weights, sum of the means."""
+    return (
+        torch.zeros(c, d, device=DEVICE),
+        torch.zeros(c, device=DEVICE),
+        torch.zeros(d, dtype=torch.float64, device=DEVICE),
+    )
+
+
+def numpy(x: Tensor) -> reference.Array:
+    return to_numpy(x.cpu())
+
+
+def labels(kind: str, seed: int, n: int, c: int) -> tuple[Tensor, reference.Array]:
+    """Return targets of some kind and what they are in the reference, in float64 or as they are."""
+    rng = torch.Generator().manual_seed(seed)
+    if kind == "soft":
+        q = torch.softmax(3 * torch.randn(n, c, generator=rng), 1)
+        q[::4] = 1.0 / c  # say nothing
+        q[1::5] = 0.0
+        return q, to_numpy(q)
+    y = torch.randint(0, c, (n,), generator=rng)
+    if kind == "with strangers":
+        y[::3] = torch.tensor([-100, -1, c, c + 7, 2**40])[torch.arange(len(y[::3])) % 5]
+    return y, y.numpy()
+
+
+# --- class means ------------------------------------------------------------------------------------------------------
+
+
+@runs
+@pytest.mark.parametrize("momentum", [None, 0.1, 1.0])
+@pytest.mark.parametrize("kind", ["hard", "with strangers", "soft"])
+@pytest.mark.parametrize("size", SIZES)
+def test_a_stream_equals_the_reference(momentum: float | None, kind: str, size: tuple[int, int, int]) -> None:
+    n, c, d = size
+    state = zeros(c, d)
+    mean, weight = np.zeros((c, d)), np.zeros(c)
+    for step in range(3):
+        h, _ = make_batch(step, n, c, d)
+        h[step % n, 0] = (torch.nan, torch.inf, -torch.inf)[step]
+        h[-1, -1] = 3e38  # which cannot be squared
+        usable = to_numpy(h)
+        usable[-1, -1] = np.nan
+        targets, want_targets = labels(kind, step, n, c)
+        rate, class_N = kernels.update_class_means_(*state, device(h), device(targets), momentum, -100)
+        before = weight
+        mean, weight = reference.update_class_means(mean, weight, usable, want_targets, momentum)
+        np.testing.assert_allclose(numpy(state[0]), mean, **SINGLE)
+        np.testing.assert_allclose(numpy(state[1]), weight, rtol=1e-6)
+        np.testing.assert_allclose(numpy(state[2]), mean.sum(0), rtol=1e-5, atol=1e-3)  # of up to 40 float32 means
+        q_NC = reference.label_weights(usable, want_targets, c)
+        rate_NC = q_NC * reference.update_rates(before, q_NC.sum(0), momentum)
+        if class_N is None:
+            np.testing.assert_allclose(numpy(rate), rate_NC, rtol=1e-4, atol=1e-7)  # weights of 1e-7 of a label's floor
+        else:
+            np.testing.assert_allclose(numpy(rate), rate_NC.sum(1), rtol=1e-6)
+            assert class_N.tolist() == [int(row.argmax()) if row.any() else 0 for row in rate_NC]
+
+
+@runs
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("index", [torch.uint8, torch.int16, torch.int32, torch.int64])
+def test_dtypes_and_layouts(dtype: torch.dtype, index: torch.dtype) -> None:
+    n, c, d = 12, 5, 7
+    h, y = make_batch(1, n, c, d, dtype)
+    for features, targets in (
+        (h, y.to(index)),
+        (h.t().contiguous().t(), y.to(index)),
+        (torch.stack([h, h], 1)[:, 0], torch.stack([y, y], 1).to(index)[:, 0]),
+    ):
+        state = zeros(c, d)
+        kernels.update_class_means_(*state, device(features), device(targets), 0.1, -100)
+        want, _ = reference.update_class_means(np.zeros((c, d)), np.zeros(c), to_numpy(h), y.numpy(), 0.1)
+        np.testing.assert_allclose(numpy(state[0]), want, **SINGLE)
+
+
+@runs
+def test_soft_labels_of_half_precision() -> None:
+    n, c, d = 12, 5, 7
+    h, _ = make_batch(1, n, c, d, torch.bfloat16)
+    q = torch.softmax(torch.randn(n, c), 1).to(torch.bfloat16)
+    state = zeros(c, d)
+    kernels.update_class_means_(*state, device(h), device(q.t().contiguous().t()), None, -100)
+    want, _ = reference.update_class_means(np.zeros((c, d)), np.zeros(c), to_numpy(h), to_numpy(q), None)
+    np.testing.assert_allclose(numpy(state[0]), want, **SINGLE)
+
+
+@runs
+def test_a_label_to_ignore_within_the_classes() -> None:
+    n, c, d = 12, 5, 7
+    h, y = make_batch(1, n, c, d)
+    state = zeros(c, d)
+    kernels.update_class_means_(*state, device(h), device(y), 0.1, 3)
+    want, weight = reference.update_class_means(np.zeros((c, d)), np.zeros(c), to_numpy(h), y.numpy(), 0.1, 3)
+    np.testing.assert_allclose(numpy(state[0]), want, **SINGLE)
+    assert state[1].tolist() == weight.tolist()
+    assert weight[3] == 0
+    assert (y == 3).any()
+
+
+@runs
+def test_without_a_sum_of_the_means() -> None:
+    h, y = make_batch(1, 12, 5, 7)
+    with_sum, without = zeros(5, 7), zeros(5, 7)
+    kernels.update_class_means_(*with_sum, device(h), device(y), 0.1, -100)
+    kernels.update_class_means_(*without[:2], None, device(h), device(y), 0.1, -100)
+    assert torch.equal(with_sum[0], without[0])
+    assert not without[2].any()
+
+
+@runs
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+def test_equal_arguments_give_equal_bits_and_autograd_sees_the_write(kind: str) -> None:
+    n, c, d = 200, 3, 20
+    h, _ = make_batch(1, n, c, d)
+    targets, _ = labels(kind, 1, n, c)
+    states = []
+    for _ in range(2 if HAS_GPU else 1):
+        state = zeros(c, d)
+        versions = [x._version for x in state[:2]]
+        kernels.update_class_means_(*state, device(h), device(targets), 0.1, -100)
+        assert all(x._version > version for x, version in zip(state[:2], versions, strict=True))
+        states.append(state)
+    for other in states[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(states[0], other, strict=True))
+
+
+@runs
+def test_means_that_have_converged_stay_and_so_does_their_sum() -> None:
+    """Every sample lies on its mean: nothing moves, bit for bit, however often."""
+    c, d = 3, 5
+    mean = torch.arange(1.0, 1.0 + c * d).view(c, d)
+    y = torch.arange(12) % c
+    state = zeros(c, d)
+    for _ in range(5):
+        kernels.update_class_means_(*state, device(mean[y]), device(y), 0.1, -100)
+        assert torch.equal(state[0].cpu(), mean)
+        assert torch.equal(state[2].cpu(), mean.double().sum(0))
+
+
+@runs
+@pytest.mark.parametrize("seen", [0, 1, 2, 5])
+def test_the_global_mean_and_what_may_be_aligned(seen: int) -> None:
+    c, d = 5, 1030  # two blocks of D
+    mean, weight, _ = zeros(c, d)
+    mean[:seen] = torch.randn(seen, d).to(DEVICE)
+    weight[:seen] = 0.5
+    alignable_C, center_D = kernels.geometry(weight, mean.double().sum(0))
+    want = reference.global_mean(numpy(mean), np.arange(c) < seen)
+    np.testing.assert_allclose(numpy(center_D), want, rtol=1e-6, atol=1e-7)
+    assert alignable_C.tolist() == [seen > 1 and i < seen for i in range(c)]
+
+
+# --- alignment --------------------------------------------------------------------------------------------------------
+
+
+@runs
+@pytest.mark.parametrize("size", SIZES[:2] + SIZES[3:])
+@pytest.mark.parametrize("kind", ["with strangers", "soft"])
+def test_the_loss_and_its_gradients_equal_the_reference(
+    size: tuple[int, int, int], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n, c, d = size
+    monkeypatch.setattr(kernels, "MOST_PROGRAMS", 4)  # several rows for each
+    p = make_problem(1, num_classes=c, dim=d)
+    w = p.w.float()
+    state = zeros(c, d)
+    state[0].copy_(p.mean)
+    state[1].copy_(p.seen)
+    state[2].copy_(state[0].double().sum(0))
+    h, _ = make_batch(2, n, c, d)
+    targets, want_targets = labels(kind, 2, n, c)
+    before = numpy(state[1])
+    rate, class_N = kernels.update_class_means_(*state, device(h), device(targets), 0.1, -100)
+    alignable_C, center_D = kernels.geometry(state[1], state[2])
+    loss, by_weight, by_features = kernels.alignment_terms(
+        device(w), state[0], alignable_C, center_D, rate, class_N, by_weight=True
+    )
+    mean, _ = reference.update_class_means(to_numpy(p.mean), before, to_numpy(h), want_targets, 0.1)
+    seen = to_bools(alignable_C.cpu())
+    q_NC = reference.label_weights(to_numpy(h), want_targets, c)
+    rate_NC = q_NC * reference.update_rates(before, q_NC.sum(0), 0.1)
+    nw = to_numpy(w)
+    assert by_weight is not None
+    assert by_features is not None
+    np.testing.assert_allclose(loss.item(), reference.alignment_loss(nw, mean, seen), **SINGLE)
+    np.testing.assert_allclose(numpy(by_weight), reference.alignment_loss_grad_weight(nw, mean, seen), **SINGLE)
+    want = rate_NC @ reference.alignment_loss_grad_mean(nw, mean, seen)
+    np.testing.assert_allclose(numpy(by_features), want, **SINGLE)
+    alone, nothing, nor_this = kernels.alignment_terms(
+        device(w), state[0], alignable_C, center_D, None, None, by_weight=False
+    )
+    assert torch.equal(alone, loss)
+    assert nothing is None
+    assert nor_this is None
+
+
+@runs
+def test_rows_without_a_direction_add_nothing_to_the_loss() -> None:
+    """A zero row, one too short to square, one that is no number, a mean on the global mean, no class seen."""
+    p = make_problem(1, num_classes=6, dim=8, dtype=torch.float32, unseen=())
+    center_D = p.mean.mean(0)
+    p.w[0], p.w[1], p.w[2, 3] = 0.0, 1e-30, torch.nan
+    p.mean[3] = center_D
+    for seen in (p.seen, torch.zeros_like(p.seen)):
+        loss, by_weight, _ = kernels.alignment_terms(
+            device(p.w), device(p.mean), device(seen), device(center_D), None, None, by_weight=True
+        )
+        w, mean = p.w[4:].double().numpy(), (p.mean - center_D).double().numpy()[4:]
+        cos = (w * mean).sum(1) / np.linalg.norm(w, axis=1) / np.linalg.norm(mean, axis=1)
+        want = sum(1 - cos) / 6 if seen.any() else 0.0
+        np.testing.assert_allclose(loss.item(), want, rtol=1e-5)
+        assert by_weight is not None
+        assert not by_weight[:4].any()
+        assert by_weight[4:].any() == seen.any()
+
+
+@runs
+@pytest.mark.parametrize("radial", ["paper", "keep"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(6, 8), (3, 130)])
+def test_the_projection_equals_the_reference(radial: F.Radial, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    p = make_problem(3, num_classes=shape[0], dim=shape[1], dtype=dtype, unseen=(1,))
+    mean = p.mean.float()
+    mean_, seen = to_numpy(mean), to_bools(p.seen)
+    center_D = torch.from_numpy(reference.global_mean(mean_, seen)).float()
+    want = reference.project_gradient(to_numpy(p.g), to_numpy(p.w), mean_, seen, 0.3, radial)
+    # bfloat16 has 8 bits, and the result is one.
+    tolerance = SINGLE if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
+    rows = device(p.w), device(mean), device(p.seen), device(center_D)
+    for g in (device(p.g), device(p.g).t().contiguous().t()):
+        out = torch.empty_like(g)
+        kernels.project_gradient(out, g, *rows, gamma=0.3, paper=radial == "paper")
+        np.testing.assert_allclose(numpy(out), want, **tolerance)
+        kernels.project_gradient(g, g, *rows, gamma=0.3, paper=radial == "paper")
+        assert torch.equal(g, out), "in place"
+
+
+@runs
+def test_gradients_that_are_not_finite_stay_so_and_touch_no_other_row() -> None:
+    p = make_problem(3, num_classes=4, dim=8, dtype=torch.float32, unseen=())
+    rows = device(p.w), device(p.mean), device(p.seen), device(p.mean.mean(0))
+    g = device(p.g)
+    want = torch.empty_like(g)
+    kernels.project_gradient(want, g, *rows, gamma=0.3, paper=True)
+    g[1, 2], g[2, 3] = torch.nan, torch.inf
+    kernels.project_gradient(g, g, *rows, gamma=0.3, paper=True)
+    assert torch.equal(g[[0, 3]], want[[0, 3]])
+    assert not g[1:3].isfinite().all(1).any()
+
+
+# --- which of them is used, and when ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu() -> Iterator[PretendedGpu]:
+    if HAS_GPU or VERSION < (3, 3):
+        pytest.skip("a pretended GPU is of use where there is none, and Triton's interpreter works from 3.3 on")
+    with pretended_gpu(own_kernels=True) as pretended:
+        yield pretended
+
+
+class Count(TorchDispatchMode):
+    """Count torch's operations that are no views and no mere reservations of memory."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.operations: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        returns = func._schema.returns
+        views = returns and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+        if not views and not any(word in func._schema.name for word in ("empty", "profiler")):
+            self.operations.append(func._schema.name)
+        return out
+
+
+HARD = ["move_means", "add_deltas", "geometry", "align_rows", "add_terms", "pull_back"]
+SOFT = ["soft_weights", "move_soft_means", "add_deltas", "geometry", "align_rows", "add_terms"]
+
+
+@pytest.mark.parametrize(("kind", "names"), [("hard", HARD), ("soft", SOFT)])
+@pytest.mark.parametrize("head", HEADS)
+def test_loss_and_projection_take_few_launches_and_give_what_the_cpu_gives(
+    kind: str, names: list[str], head: str, gpu: PretendedGpu
+) -> None:
+    """What the step of a strategy costs a GPU: a kernel each, and the little that is left to torch's operations."""
+    n, c, d = 12, 5, 6
+    h, _ = make_batch(1, n, c, d)
+    targets, _ = labels(kind, 1, n, c)
+    states = []
+    for place in ("cpu", "cuda"):
+        made = HEADS[head](make_problem(1, num_classes=c, dim=d).w.float())
+        classifier: Any = made.classifier
+        if isinstance(classifier, Tensor):
+            classifier = nn.Parameter(classifier.detach().to(place))
+            parameters = [classifier]
+        else:
+            module: Any = classifier.module if isinstance(classifier, spalign.Classifier) else classifier
+            parameters = list(module.to(place).parameters())
+        tracker = spalign.ClassMeanTracker.for_classifier(classifier)
+        spareg = spalign.SpARegLoss(classifier, tracker)
+        optimizer = spalign.SpAProj(torch.optim.SGD(parameters, lr=0.1), classifier, tracker, gamma=0.3)
+        features = h.clone().to(place).requires_grad_()
+        there = targets.to(place)
+        for _ in range(2):
+            gpu.launches.clear()
+            with Count() as forward:
+                loss = spareg(features, there)
+            loss.backward()
+            if place == "cuda":
+                assert gpu.launches == names
+            with Count() as step:
+                optimizer.step()
+        if place == "cuda":
+            lengths = ["geometry"] if "norm" in head else []  # a leaf of its own, whose gradient is scaled
+            assert gpu.launches == [*names, "geometry", "project", *lengths]
+            if head == "linear":
+                # sum of the seen, clone of the loss; of soft labels the weighted sums; SGD's update of the weight.
+                assert len(forward.operations) <= (4 if kind == "hard" else 9), forward.operations
+                assert len(step.operations) <= 1, step.operations
+        assert features.grad is not None
+        states.append([*parameters, *state_of(tracker).values(), features.grad, loss])
+    for here, there in zip(*states, strict=True):
+        # Two steps of sums of 12 values of O(10), in another order.
+        torch.testing.assert_close(there.detach().cpu(), here.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_what_the_kernels_do_not_take_is_left_to_torch(gpu: PretendedGpu) -> None:
+    """Other dtypes, more than fits, no samples: the same results, by no launch of ours."""
+    h, y = make_batch(1, 12, 5, 6)
+
+    def update(tracker: spalign.ClassMeanTracker, h: Tensor, y: Tensor) -> list[str]:
+        gpu.launches.clear()
+        tracker.to(GPU).update(h.to(GPU), y.to(GPU))
+        return [name for name in gpu.launches if name != "add_deltas"]
+
+    def tracker() -> spalign.ClassMeanTracker:
+        return spalign.ClassMeanTracker(5, 6)
+
+    assert update(tracker(), h, y) == ["move_means"]
+    assert update(tracker(), h.double(), y) == []
+    assert update(tracker().double(), h, y) == []
+    assert update(tracker(), h[:0], y[:0]) == []
+    assert update(tracker(), h.repeat(400, 1), y.repeat(400)) == []
+    soft = nn.functional.one_hot(y, 5).float()
+    assert update(tracker(), h, soft) == ["soft_weights", "move_soft_means"]
+    assert update(tracker(), h, soft.double()) == []
+    wide = spalign.ClassMeanTracker(5, 9000)
+    assert update(wide, h.repeat(1, 1500), y) == []
+    gpu.launches.clear()
+    F.alignment(torch.ones(5, 6, device=GPU), tracker().to(GPU).mean, torch.ones(5, device=GPU) > 0)
+    assert gpu.launches == []
+
+
+@runs
+def test_they_agree_with_torch_where_nothing_is_broken() -> None:
+    assert kernels.disagreement(torch.device(DEVICE)) == ""
+
+
+@runs
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("move_means", "class means (hard labels)"),
+        ("move_soft_means", "class means (soft labels)"),
+        ("add_deltas", "sum of the means"),
+        ("geometry", "global mean"),
+        ("add_terms", "loss"),
+        ("pull_back", "gradient by the features (hard labels)"),
+        ("project", "projection"),
+    ],
+)
+def test_a_kernel_that_does_nothing_is_found_out(name: str, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = kernels._code()
+
+    class Lazy:
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *args, **options: None
+
+    broken = types.SimpleNamespace(**{**vars(code), name: Lazy()})
+    monkeypatch.setattr(kernels, "_code", lambda: broken)
+    # Memory that nothing was written to holds anything, also what was to be written.
+    for made in ("new_empty",):
+        real = getattr(Tensor, made)
+        monkeypatch.setattr(Tensor, made, lambda x, *args, _real=real, **options: _real(x, *args, **options).fill_(1))
+    monkeypatch.setattr(torch, "empty_like", lambda x, **options: torch.ones_like(x, **options))
+    assert what in kernels.disagreement(torch.device(DEVICE))
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, **functions: Any) -> None:
+    """Let no device be known yet, and have functions of the module or of torch.cuda do something else."""
+    monkeypatch.setattr(kernels, "_ready", {})
+    defaults = {"get_device_capability": lambda device: (9, 0), "get_sync_debug_mode": lambda: 0}
+    for name, function in {**defaults, **functions}.items():
+        monkeypatch.setattr(kernels if hasattr(kernels, name) else torch.cuda, name, function)
+
+
+def test_kernels_that_differ_or_do_not_compile_are_not_used(gpu: PretendedGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(device: Any) -> str:
+        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC environment variable")
+
+    h, y = make_batch(1, 12, 5, 6)
+    for disagreement, reason in (
+        (fails, "RuntimeError: Failed to find C compiler"),
+        (lambda device: "they differ in class means", "they differ in class means"),
+    ):
+        pretend(monkeypatch, disagreement=disagreement)
+        tracker = spalign.ClassMeanTracker(5, 6, device=GPU)
+        with pytest.warns(UserWarning, match=f"not used on cuda:0.*{reason}.*SPALIGN_KERNELS=0"):
+            tracker.update(h.to(GPU), y.to(GPU))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # said once
+            tracker.update(h.to(GPU), y.to(GPU))
+        assert gpu.launches == []
+        assert tracker.seen.any()
+
+
+def test_they_are_compared_once_and_not_while_a_graph_is_captured(
+    gpu: PretendedGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared: list[Any] = []
+
+    def disagreement(device: Any) -> str:
+        compared.append(device)
+        torch.zeros(1, device=device).item()  # waits
+        return ""
+
+    pretend(monkeypatch, disagreement=disagreement)
+    h, y = (x.to(GPU) for x in make_batch(1, 12, 5, 6))
+    tracker = spalign.ClassMeanTracker(5, 6, device=GPU)
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        tracker.update(h, y)
+    assert (compared, gpu.launches) == ([], [])
+    modes: list[Any] = []
+    real = torch.cuda.set_sync_debug_mode
+
+    def set_mode(mode: Any) -> None:
+        modes.append(mode)
+        real(mode)
+
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
+    tracker.update(h, y)
+    tracker.update(h, y)
+    assert len(compared) == 1
+    assert modes == ["default", 0], "waiting is allowed while comparing, and then as before"
+    assert gpu.launches == ["move_means", "add_deltas"] * 2
+
+
+@pytest.mark.parametrize("reason", ["switched off", "no Triton", "an old GPU", "ROCm"])
+def test_where_they_cannot_be_wanted_nothing_is_said(
+    reason: str, gpu: PretendedGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(device: Any) -> str:
+        raise AssertionError
+
+    pretend(monkeypatch, disagreement=never)
+    if reason == "switched off":
+        monkeypatch.setenv("SPALIGN_KERNELS", "0")
+    if reason == "no Triton":
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    if reason == "an old GPU":
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    if reason == "ROCm":
+        monkeypatch.setattr(torch.version, "hip", "6.2")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not kernels.ready(torch.ones(1, device=GPU))
+
+
+# --- compiling --------------------------------------------------------------------------------------------------------
+
+COMPILE = """
+import json, sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from spalign import kernels
+code = kernels._code()
+TYPES = {
+    **dict.fromkeys(("moved_by", "owner_N", "owner_C", "alignable_C"), "*i8"),
+    **dict.fromkeys(("class_N", "count"), "*i64"),
+    **dict.fromkeys(("ignore_index", "num_samples", "num_classes", "dim", "programs"), "i32"),
+    **dict.fromkeys(("momentum", "gamma", "floor_squared", "tiny", "least"), "fp32"),
+    "mean_sum_D": "*fp64", "features": "*bf16", "targets_N": "*i64",
+}
+built = {}
+for dim in (1, 64, 2048, kernels.MOST_DIMENSIONS):
+    block = kernels._block(dim)
+    several = {"BLOCK_R": kernels._tile(block), "BLOCK_D": block}
+    many = {"BLOCK_N": kernels.MOST_SAMPLES, "BLOCK_C": 1024, "BLOCK_P": 32}
+    for name, options, warps in (
+        ("move_means", {"CUMULATIVE": False, **several}, kernels._warps(block, 4)),
+        ("soft_weights", {"BLOCK_D": block, "BLOCK_C": block}, kernels._warps(block)),
+        ("move_soft_means", {"CUMULATIVE": True, **several}, kernels._warps(block, 4)),
+        ("add_deltas", {"BLOCK_R": 32, "BLOCK_D": 64}, 4),
+        ("geometry", {"BLOCK_D": min(block, 1024)}, 4),
+        ("align_rows", {"BY_WEIGHT": True, "BY_MEAN": True, "BLOCK_D": block}, kernels._warps(block)),
+        ("add_terms", {"BY_MEAN": True, "BLOCK_D": 64}, 4),
+        ("pull_back", {"BLOCK_D": block}, kernels._warps(block)),
+        ("project", {"PAPER": True, "BLOCK_D": block}, kernels._warps(block)),
+    ):
+        kernel = getattr(code, name)
+        constants = {key: value for key, value in {**many, **options}.items() if key in kernel.arg_names}
+        signature = {}
+        for argument in kernel.arg_names:
+            if argument not in constants:
+                default = "i32" if argument.endswith("_stride") else "*fp32"
+                signature[argument] = TYPES.get(argument, default)
+            elif "constexprs" in ASTSource.__init__.__code__.co_varnames:
+                signature[argument] = "constexpr"
+        for arch in map(int, sys.argv[1:]):
+            source = ASTSource(kernel, signature, constants)
+            made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
+            built[f"{name}, D {dim}, sm_{arch}"] = [len(made.asm["cubin"]), made.metadata.shared]
+print(json.dumps(built))
+"""
+
+
+def test_they_compile_for_three_generations_of_gpus(tmp_path: Path) -> None:
+    """Ampere, Hopper and, where Triton knows it, Blackwell; without a GPU, in a process without the interpreter."""
+    architectures = ["80", "90"] + (["100"] if VERSION >= (3, 3) else [])
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    run = subprocess.run(
+        [sys.executable, "-c", COMPILE, *architectures], env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    built = json.loads(run.stdout)
+    assert len(built) == 4 * 9 * len(architectures)
+    for name, (size, shared) in built.items():
+        assert size > 1000, name
+        assert shared <= 48 * 1024, f"{name}: more shared memory than every GPU gives without asking"
