@@ -269,7 +269,7 @@ def test_algorithms_are_chosen_before_anything_is_built(
     def refuse(device: torch.device, **chosen: bool) -> None:
         raise ValueError(f"{device.type} {chosen}")
 
-    monkeypatch.setattr("longtail.imagenet.engine.choose_algorithms", refuse)
+    monkeypatch.setattr("longtail.training.choose_algorithms", refuse)
     argv = [one for one in command("run") if deterministic or one != "--deterministic"]
     settings = imagenet_lt.settings_from(imagenet_lt.build_parser().parse_args(argv))
     with pytest.raises(ValueError, match=rf"cuda {{'deterministic': {deterministic}}}"):
