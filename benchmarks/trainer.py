@@ -48,10 +48,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 import cifar_lt  # noqa: E402
 from longtail.data import MEAN, STD  # noqa: E402
-from longtail.engine import Trainer, environment  # noqa: E402
+from longtail.engine import Trainer  # noqa: E402
 from longtail.reporting import recorded_command, write_result  # noqa: E402
 from longtail.runner import GPU_CHECKPOINT_SECONDS, MPS_PIPES, shared_gpu  # noqa: E402
 from longtail.settings import Settings  # noqa: E402
+from longtail.training import environment  # noqa: E402
 
 PLAIN_LOOP = "plain loop"
 LEAD_S = 1.0  # between the word to go and the window
@@ -110,9 +111,7 @@ def settings_of(args: argparse.Namespace, folder: Path, *options: str) -> Settin
 
 
 def begin_epoch(trainer: Trainer) -> None:
-    steps = trainer.batches.steps_per_epoch
-    trainer.baseline.begin_epoch(0)
-    trainer.training_step.begin_epoch(trainer.batches.draw(trainer.generator), [1e-3] * steps)
+    trainer._begin_epoch([1e-3] * trainer.steps_per_epoch)
 
 
 class Stepper:
@@ -125,7 +124,7 @@ class Stepper:
         if self.step == len(self.trainer.batches) // self.trainer.batches.batch_size:
             begin_epoch(self.trainer)
             self.step = 0
-        self.trainer.training_step(self.step)
+        self.trainer._train_step(self.step)
         self.step += 1
 
 

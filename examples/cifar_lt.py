@@ -21,11 +21,12 @@ from pathlib import Path
 
 from longtail.alignment import AlignmentOptions
 from longtail.data import ARCHIVES, download
-from longtail.engine import Trainer, TrainingError
+from longtail.engine import Trainer
 from longtail.methods import METHODS, MethodOptions
 from longtail.options import add_alignment_options, add_method_options
 from longtail.recipes import RECIPES, SCHEDULES, Recipe, get_recipe, small_recipe
 from longtail.settings import Settings
+from longtail.training import TrainingError
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from longtail.alignment import AlignmentOptions
-from longtail.engine import TrainingError
 from longtail.imagenet.engine import Trainer
 from longtail.imagenet.loader import BadImage
 from longtail.imagenet.networks import NETWORKS
@@ -32,6 +31,7 @@ from longtail.imagenet.table import report
 from longtail.methods import MethodOptions
 from longtail.options import add_alignment_options, add_method_options
 from longtail.parallel import world
+from longtail.training import TrainingError
 
 
 def build_parser() -> argparse.ArgumentParser:

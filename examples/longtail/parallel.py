@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from .baseline import Baseline, Batch, Step
@@ -133,6 +132,8 @@ def world(device: str) -> Iterator[World]:
     chosen = torch_device(device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+    from torch.distributed.rendezvous import rendezvous  # not in every build of PyTorch, and one process needs none
+
     store, rank, size = next(iter(rendezvous("env://")))
     store = dist.PrefixStore(meet(store, rank, size), store)  # type: ignore[attr-defined]
     # Objects and the agreement to stop travel by gloo, so that no GPU has to be waited for.

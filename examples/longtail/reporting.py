@@ -154,15 +154,29 @@ def write_result(path: Path, result: Mapping[str, Any]) -> None:
     write_atomically(path, lambda file: file.write((json.dumps(result, indent=2) + "\n").encode()))
 
 
-def closing_table(title: str, rows: Sequence[tuple[str, Figures, str]], best: str) -> str:
-    """Format what a run ended with.
+def closing_table(
+    result: Mapping[str, Any], about: str, rows: Sequence[tuple[str, Figures, str]] = (), *, speed: str = ""
+) -> str:
+    """Format a result: the last epoch first, the best epoch only beside it.
 
     Args:
-        title: the first line.
-        rows: label, figures and format of each; the first is the accuracy of the last epoch.
-        best: of the best epoch, put beside that.
+        result: of the run.
+        about: of network or data, for the first line.
+        rows: label, figures and format of further rows.
+        speed: for the end of the first line.
     """
-    lines = [title, f"{'':32}{'all':>8}{'many':>8}{'medium':>8}{'few':>8}"]
+    name, best = " + ".join([result["method"], *result["strategies"]]), result["accuracy_best"]
+    lines = [
+        f"{result['dataset']}, {about}, {name}, seed {result['seed']}, {result['epochs']} epochs, "
+        f"{result['seconds']:.0f} s{speed}",
+        f"{'':32}{'all':>8}{'many':>8}{'medium':>8}{'few':>8}",
+    ]
+    rows = [
+        (f"{result['evaluated_on']} accuracy, last epoch", result["accuracy_last"], ".2f"),
+        ("alignment, running means", result["alignment"], ".4f"),
+        *rows,
+    ]
     lines += [f"{label:32}" + "".join(f"{cell:>8}" for cell in cells(figures, form)) for label, figures, form in rows]
-    lines[2] += f"   ({best})"
+    best_on = f" on {result['best_on']}" if "best_on" in result else ""
+    lines[2] += f"   (best{best_on} {best['balanced']:.2f}, epoch {best['epoch']})"
     return "\n".join(lines)

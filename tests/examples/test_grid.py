@@ -370,27 +370,27 @@ def kill_worker_of(one: Cell) -> list[int]:
 
 def test_records_in_the_repository_do_not_make_its_code_dirty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A grid writes into benchmarks/results while it runs; what its next run has trained with is still the commit."""
-    from longtail import engine
+    from longtail import training
 
     def git(*arguments: str) -> str:
         identity = ("-c", "user.name=a", "-c", "user.email=a@b")
         command = ["git", "-C", str(tmp_path), *identity, *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
-    code, records = tmp_path / "examples" / "longtail" / "engine.py", tmp_path / "benchmarks" / "table1.jsonl"
+    code, records = tmp_path / "examples" / "longtail" / "training.py", tmp_path / "benchmarks" / "table1.jsonl"
     for file in (code, records):
         file.parent.mkdir(parents=True)
         file.write_text("one\n")
-    monkeypatch.setattr(engine, "__file__", str(code))
-    assert engine.git_commit() is None
+    monkeypatch.setattr(training, "__file__", str(code))
+    assert training.git_commit() is None
     git("init", "-q")
     git("add", ".")
     git("commit", "-qm", "first")
     head = git("rev-parse", "HEAD")
     records.write_text("one\ntwo\n")
-    assert engine.git_commit() == head
+    assert training.git_commit() == head
     code.write_text("two\n")
-    assert engine.git_commit() == head + "-dirty"
+    assert training.git_commit() == head + "-dirty"
 
 
 # --- the command line -------------------------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ import pytest
 import torch
 from longtail.engine import Trainer
 from longtail.reporting import read_records
-from longtail.step import TrainingStep
 from pretended_gpu import GPU, PretendedGpu, pretended_gpu
 
 Options = Callable[..., list[str]]
@@ -127,15 +126,15 @@ def test_a_captured_run_is_the_run_of_its_single_steps(
 ) -> None:
     """Epochs, evaluation and checkpoints too; and once libraries have warmed up, no step waits for the device."""
     steps: list[int] = []
-    real = TrainingStep.__call__
+    real = Trainer._train_step
 
-    def watched(step: TrainingStep, number: int) -> None:
+    def watched(trainer: Trainer, step: int) -> None:
         gpu.forbidden = len(steps) > 0
-        real(step, number)
+        real(trainer, step)
         gpu.forbidden = False
-        steps.append(number)
+        steps.append(step)
 
-    monkeypatch.setattr(TrainingStep, "__call__", watched)
+    monkeypatch.setattr(Trainer, "_train_step", watched)
     argv = [*tiny_options("eager", *METHODS[name]), "--device", "cuda", "--epochs", "5"]
     # The captured step needs the fused optimizer; here the other run has it too, so that no rounding differs.
     real_sgd = torch.optim.SGD
@@ -145,7 +144,8 @@ def test_a_captured_run_is_the_run_of_its_single_steps(
     captured = train([*argv, "--capture"], "--output-dir", str(tmp_path / "captured"))
     sizes = {32, len(captured.batches) % 32}
     assert len(steps) == 5 * captured.batches.steps_per_epoch
-    assert captured.training_step.graphs.keys() == sizes, "after three epochs that of the last batch too"
+    assert captured.captured is not None
+    assert captured.captured.graphs.keys() == sizes, "after three epochs that of the last batch too"
     without_seconds = [
         [{**record, "seconds": None} for record in read_records(run.folder / "metrics.jsonl")]
         for run in (eager, captured)

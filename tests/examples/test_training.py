@@ -21,10 +21,11 @@ import cifar_lt
 import pytest
 import torch
 from longtail.data import long_tail_counts
-from longtail.engine import Trainer, TrainingError
+from longtail.engine import Trainer
 from longtail.networks import CifarResNet
 from longtail.reporting import accuracy_figures, group_means, read_records
 from longtail.settings import choose_algorithms, torch_device
+from longtail.training import TrainingError
 from torch import Tensor
 
 Options = Callable[..., list[str]]

@@ -54,7 +54,7 @@ def test_captured_training_equals_eager_training(name: str, data_dir: Path, tmp_
     torch.backends.cudnn.deterministic = True
     eager = train(data_dir, tmp_path / "eager", *METHODS[name])
     captured = train(data_dir, tmp_path / "captured", "--capture", *METHODS[name])
-    assert captured.training_step.graphs
+    assert captured.captured.graphs
     assert captured.record["loss"] == pytest.approx(eager.record["loss"], rel=1e-2)
     assert captured.record["train_accuracy"] == pytest.approx(eager.record["train_accuracy"], abs=1.0)
     # The first epoch's mean loss: rounding of a fused optimizer, before chaos amplifies it.

@@ -269,7 +269,7 @@ def test_algorithms_are_chosen_before_anything_is_built(
     def refuse(device: torch.device, **chosen: bool) -> None:
         raise ValueError(f"{device.type} {chosen}")
 
-    monkeypatch.setattr("longtail.imagenet.engine.choose_algorithms", refuse)
+    monkeypatch.setattr("longtail.training.choose_algorithms", refuse)
     argv = [one for one in command("run") if deterministic or one != "--deterministic"]
     settings = imagenet_lt.settings_from(imagenet_lt.build_parser().parse_args(argv))
     with pytest.raises(ValueError, match=rf"cuda {{'deterministic': {deterministic}}}"):
@@ -425,7 +425,7 @@ def test_a_bad_file_is_named_before_training_on_every_process_or_left_out(
 def test_runs_are_neither_overwritten_nor_resumed_with_other_options(
     command: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert train(command("run", "--stop-after-epochs 1")) == 0
+    assert train(command("run", "--stop-after-epochs 2")) == 0
     before = records(tmp_path / "run")
     assert train(command("run")) == 2
     assert "holds a run: pass --resume" in capsys.readouterr().err
@@ -433,7 +433,9 @@ def test_runs_are_neither_overwritten_nor_resumed_with_other_options(
     assert "--lr 0.2 (was 0.05)" in capsys.readouterr().err
     assert records(tmp_path / "run") == before
     assert train(command("run", "--overwrite --lr 0.2 --epochs 1")) == 0
-    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 2  # as many as --keep says
+    # As many as --keep says, and none of the run before, which was further.
+    checkpoints = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert checkpoints == ["epoch-0000-step-000002", "epoch-0001-step-000000"]
 
 
 def test_what_a_kill_leaves_of_a_checkpoint_is_not_gone_on_from(
