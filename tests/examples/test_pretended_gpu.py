@@ -206,7 +206,8 @@ def test_the_librarys_own_kernels_train_the_same_in_a_smaller_graph(
             with pretended_gpu(own_kernels=own_kernels) as gpu:
                 run = train(tiny_options(f"{own_kernels}{len(strategies)}", *options))
             assert bool(gpu.launches) == own_kernels
-            graph: Any = run.training_step.graphs[32]
+            assert run.captured is not None
+            graph: Any = run.captured.graphs[32]
             nodes.append(len(graph._calls))
             record = run.record
         added.append(nodes[1] - nodes[0])
