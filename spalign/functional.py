@@ -756,6 +756,10 @@ def alignment_loss_and_grad(
         >>> loss.item(), grad.tolist()
         (0.5, [[0.0, 0.0], [0.5, 0.0]])
     """
+    if center_D is not None and kernels.can_align(weight_CD, mean_CD, center_D):
+        loss, by_weight, _ = kernels.alignment_terms(weight_CD, mean_CD, seen_C, center_D, None, None, by_weight=True)
+        assert by_weight is not None
+        return loss, by_weight.to(weight_CD.dtype)
     with torch.no_grad():
         rows = _rows(weight_CD, mean_CD, seen_C, center_D, one_pass=True)
         loss, a_C, b_C, _, _ = _loss_coefficients(rows, seen_C)

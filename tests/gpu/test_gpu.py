@@ -262,14 +262,16 @@ def test_results_equal_the_reference() -> None:
     nw, nmean, nseen, ng = p.numpy()
     w, mean, seen, g = (t.to(DEVICE) for t in p)
     close: dict[str, Any] = {"rtol": 2e-5, "atol": 5e-6}  # float32 sums of 16 terms
-    loss, grad = F.alignment_loss_and_grad(w, mean, seen)
-    np.testing.assert_allclose(loss.item(), reference.alignment_loss(nw, nmean, nseen), **close)
-    np.testing.assert_allclose(grad.cpu().numpy(), reference.alignment_loss_grad_weight(nw, nmean, nseen), **close)
+    center = torch.from_numpy(reference.global_mean(nmean, nseen)).float().to(DEVICE)
+    for given in (None, center):
+        loss, grad = F.alignment_loss_and_grad(w, mean, seen, center_D=given)
+        np.testing.assert_allclose(loss.item(), reference.alignment_loss(nw, nmean, nseen), **close)
+        np.testing.assert_allclose(grad.cpu().numpy(), reference.alignment_loss_grad_weight(nw, nmean, nseen), **close)
+        projected = F.project_gradient(g, w, mean, seen, gamma=0.3, center_D=given)
+        want = reference.project_gradient(ng, nw, nmean, nseen, 0.3)
+        np.testing.assert_allclose(projected.cpu().numpy(), want, **close)
     new = F.slerp(w, mean, seen, alpha=0.3, threshold=1.0).weight
     np.testing.assert_allclose(new.cpu().numpy(), reference.slerp(nw, nmean, nseen, 0.3, 1.0), **close)
-    projected = F.project_gradient(g, w, mean, seen, gamma=0.3)
-    want = reference.project_gradient(ng, nw, nmean, nseen, 0.3)
-    np.testing.assert_allclose(projected.cpu().numpy(), want, **close)
     h, y = make_batch(1, N, C, D)
     for targets in (y, torch.softmax(h[:, :C], 1)):
         tracker = spalign.ClassMeanTracker(C, D, device=DEVICE)
