@@ -1,6 +1,5 @@
 """One thread, one seed, no timing limits: the suite says the same on every machine."""
 
-import importlib.util
 import os
 import sys
 from collections.abc import Iterator
@@ -16,7 +15,6 @@ import torch
 
 if not torch.cuda.is_available():  # Triton asks when it is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 hypothesis.settings.register_profile("spalign", deadline=None, derandomize=True, database=None, max_examples=40)
 hypothesis.settings.load_profile("spalign")
@@ -50,9 +48,9 @@ def _pretended_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
     if torch.cuda.is_available() or marker is None:
         yield
         return
-    from pretended_gpu import pretended_gpu
+    from pretended_gpu import pretended_gpu, why_kernels_cannot_run
 
-    with pretended_gpu(own_kernels=HAS_TRITON and marker.kwargs.get("own_kernels", True)):
+    with pretended_gpu(own_kernels=marker.kwargs.get("own_kernels", True) and not why_kernels_cannot_run()):
         yield
 
 

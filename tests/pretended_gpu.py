@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
+import importlib.metadata
+import importlib.util
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -42,6 +43,21 @@ FACTORIES = (
 )
 # These write to running statistics, and their schemas do not say so.
 HIDDEN_WRITES = {"native_batch_norm": (3, 4)}
+
+
+def why_kernels_cannot_run() -> str:
+    """Return why spalign's kernels cannot run in Triton's interpreter, ``""`` if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "needs Triton, which comes with torch's CUDA builds"
+
+    def version(package: str) -> tuple[int, ...]:
+        return tuple(int(part) for part in importlib.metadata.version(package).split(".")[:2])
+
+    if version("triton") < (3, 3):
+        return "Triton's interpreter loses what is written in place before 3.3"
+    if version("triton") < (3, 8) and version("numpy") >= (2, 4):
+        return "Triton's interpreter fails with numpy 2.4 before 3.8"
+    return ""
 
 
 def tensors_in(tree: Any) -> list[Tensor]:

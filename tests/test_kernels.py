@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from pretended_gpu import GPU, PretendedGpu, pretended_gpu
+from pretended_gpu import GPU, PretendedGpu, pretended_gpu, why_kernels_cannot_run
 from problems import HEADS, make_batch, make_problem, state_of, to_bools, to_numpy
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -35,11 +35,13 @@ DEVICE = "cuda" if HAS_GPU else "cpu"
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs Triton, which comes with torch's CUDA builds", allow_module_level=True)
 VERSION = tuple(int(part) for part in importlib.metadata.version("triton").split(".")[:2])
-# numpy, which the interpreter computes with, tells of overflow; a GPU does not.
-pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero):RuntimeWarning")
-runs = pytest.mark.skipif(
-    not HAS_GPU and VERSION < (3, 3), reason="Triton's interpreter does not know numpy 2 before Triton 3.3"
-)
+WHY_NOT = why_kernels_cannot_run()
+runs = pytest.mark.skipif(bool(WHY_NOT) and not HAS_GPU, reason=WHY_NOT)
+# numpy, which the interpreter computes with, tells of overflow, as a GPU does not, and of what it deprecates.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero):RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
+]
 # float32 against float64: sums of up to 100 values of O(10), each rounded by 6e-8 of itself.
 SINGLE: dict[str, Any] = {"rtol": 2e-5, "atol": 2e-5}
 # (N, C, D): fewer and more samples than classes, dimensions that fill no block, one of each.
@@ -326,8 +328,10 @@ def test_gradients_that_are_not_finite_stay_so_and_touch_no_other_row() -> None:
 
 @pytest.fixture
 def gpu() -> Iterator[PretendedGpu]:
-    if HAS_GPU or VERSION < (3, 3):
-        pytest.skip("a pretended GPU is of use where there is none, and Triton's interpreter works from 3.3 on")
+    if HAS_GPU:
+        pytest.skip("a pretended GPU is of use where there is none")
+    if WHY_NOT:
+        pytest.skip(WHY_NOT)
     with pretended_gpu(own_kernels=True) as pretended:
         yield pretended
 

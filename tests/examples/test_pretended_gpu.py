@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ import pytest
 import torch
 from longtail.engine import Trainer
 from longtail.reporting import read_records
-from pretended_gpu import GPU, PretendedGpu, pretended_gpu
+from pretended_gpu import GPU, PretendedGpu, pretended_gpu, why_kernels_cannot_run
 
 Options = Callable[..., list[str]]
 
@@ -194,10 +192,8 @@ def test_the_librarys_own_kernels_train_the_same_in_a_smaller_graph(
     name: str, close: float, tiny_options: Options
 ) -> None:
     """Class indices and mixed labels; of what the strategies add to a captured step, less than half is left."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("needs Triton, which comes with torch's CUDA builds")
-    if tuple(int(part) for part in importlib.metadata.version("triton").split(".")[:2]) < (3, 3):
-        pytest.skip("Triton's interpreter does not know numpy 2 before Triton 3.3")
+    if why_kernels_cannot_run():
+        pytest.skip(why_kernels_cannot_run())
     losses, added = [], []
     for own_kernels in (False, True):
         nodes, record = [], {}
