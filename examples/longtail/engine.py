@@ -83,8 +83,6 @@ class Trainer:
         self.baseline, self.batches = build(settings, self.train_set, self.data.counts)
         self.alignment = Alignment(self.baseline.classifier, settings.alignment, epochs=recipe.epochs)
         self.parameters = [parameter for parameter in self.baseline.model.parameters() if parameter.requires_grad]
-        if settings.compile and self.device.type == "cuda" and self.alignment.spareg is not None:
-            self.alignment.spareg.compile()  # of dozens of small kernels; a CPU has none to merge
         capture = settings.capture
         if capture and self.device.type != "cuda":
             raise ValueError(f"--capture records a CUDA graph, which {self.device} has not: leave it out")
@@ -115,6 +113,8 @@ class Trainer:
             clip_norm=settings.clip_norm,
             capture=capture,
         )
+        if settings.compile and self.device.type == "cuda":
+            self.training_step.compile()  # of hundreds of small kernels; a CPU has none to merge
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.outcome = settings.outcome()
         self.epoch = 0  # epochs done

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .alignment import Alignment
-from .baseline import Baseline
+from .baseline import Baseline, Batch
 from .batches import Batches, Draws
 
 WARM_UP_STEPS = 3  # ordinary steps of a size before its capture, in which libraries choose their kernels
@@ -73,6 +73,15 @@ class TrainingStep:
         self.rate_S = torch.empty(0)
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}  # by size of the batch
         self.taken: Counter[int] = Counter()
+        self.batch, self.loss = self._batch, self._loss
+
+    def compile(self) -> None:
+        """Have torch.compile write the kernels of batch, loss and figures, and of the backward pass.
+
+        The smaller batch at an epoch's end gets code of its own, because sizes known in advance make faster kernels.
+        """
+        self.batch = torch.compile(self._batch, dynamic=False)
+        self.loss = torch.compile(self._loss, dynamic=False)
 
     def begin_epoch(self, draws: Draws, rates: Sequence[float]) -> None:
         """Set the epoch's random numbers and learning rates, one per step, and forget the figures of the last."""
@@ -110,30 +119,37 @@ class TrainingStep:
             self.graphs[size].replay()
 
     def _train(self, size: int) -> None:
-        baseline, scaler, optimizer = self.baseline, self.scaler, self.optimizer
+        scaler, optimizer = self.scaler, self.optimizer
         if self.capture:
             for group in optimizer.param_groups:
                 group["lr"].copy_(self.rate_S[self.number].squeeze(0))
-        positions_N = self.number * self.batches.batch_size + self.range_N[:size]
-        batch = self.batches.batch(self.draws, positions_N, self.number)
+        batch = self.batch(size)
         optimizer.zero_grad(set_to_none=True)
         for part in batch.split(self.accumulate):
-            with self.autocast():
-                out = baseline.step(part)
-            loss = out.loss
-            penalty = self.alignment.penalty(out.features, out.targets)
-            if penalty is not None:
-                loss = loss + self.spareg * penalty
-                self.penalty_sum.add_(penalty.detach() * len(part))
-            scaler.scale(loss * (len(part) / len(batch))).backward()
-            self.loss_sum.add_(out.loss.detach() * len(part))
-            # Of a mixed label, the class with the larger share counts as the right one.
-            targets_N = out.targets if out.targets.ndim == 1 else out.targets.argmax(dim=1)
-            self.correct.add_((out.logits.detach().argmax(dim=1) == targets_N).sum())
-            self.predictions.add_(len(targets_N))
+            scaler.scale(self.loss(part, len(part) / len(batch))).backward()
         if self.clip_norm:
             scaler.unscale_(optimizer)
             torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
         scaler.step(optimizer)
         scaler.update()
         self.number.add_(1)
+
+    def _batch(self, size: int) -> Batch:
+        positions_N = self.number * self.batches.batch_size + self.range_N[:size]
+        return self.batches.batch(self.draws, positions_N, self.number)
+
+    def _loss(self, part: Batch, share: float) -> Tensor:
+        """Return the micro-batch's share of the loss, and add it to the figures of the epoch."""
+        with self.autocast():
+            out = self.baseline.step(part)
+        loss = out.loss
+        penalty = self.alignment.penalty(out.features, out.targets)
+        if penalty is not None:
+            loss = loss + self.spareg * penalty
+            self.penalty_sum.add_(penalty.detach() * len(part))
+        self.loss_sum.add_(out.loss.detach() * len(part))
+        # Of a mixed label, the class with the larger share counts as the right one.
+        targets_N = out.targets if out.targets.ndim == 1 else out.targets.argmax(dim=1)
+        self.correct.add_((out.logits.detach().argmax(dim=1) == targets_N).sum())
+        self.predictions.add_(len(targets_N))
+        return loss * share
