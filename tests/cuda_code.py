@@ -180,7 +180,7 @@ def cuda_code() -> Iterator[list[Code]]:
         return run
 
     def compile_all(graph: torch.fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
-        return real(graph, inputs, inner_compile=lower, config_patches=options.get("config_patches"))  # type: ignore[arg-type]
+        return real(graph, inputs, **{"inner_compile": lower, **options})
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compile_fx, "compile_fx", compile_all)

@@ -39,8 +39,8 @@ def train(argv: list[str], *, compiled: bool, epochs: int = 2) -> Trainer:
 @pytest.mark.parametrize(
     ("options", "batch_launches"),
     [
-        (("--amp", "bf16", *ALIGNED), 2),  # of 17 operations
-        (("--method", "glmc", *ALIGNED), 4),  # of 80
+        (("--amp", "bf16", *ALIGNED), 2),  # of 19 operations
+        (("--method", "glmc", *ALIGNED), 4),  # of about 100
     ],
 )
 def test_the_step_compiles_for_a_gpu_and_trains_alike(

@@ -9,6 +9,7 @@ from typing import Any
 import cifar_lt
 import pytest
 import torch
+from kernel_counts import eager_counts
 from longtail.engine import Trainer
 from longtail.reporting import read_records
 from longtail.step import TrainingStep
@@ -194,3 +195,12 @@ def test_half_precision_waits_only_for_its_scaler(tiny_options: Options, gpu: Pr
 def test_a_cpu_takes_no_graph(tiny_options: Options) -> None:
     with pytest.raises(ValueError, match="--capture records a CUDA graph"):
         train(tiny_options("run"), "--capture")
+
+
+def test_what_a_step_launches_is_counted_by_part(tiny_options: Options) -> None:
+    counts = eager_counts(tiny_options("counted", "--spareg", "0.3", "--spaproj"))
+    # Of 7 layers: convolution, normalisation, ReLU; 3 sums with a shortcut, 2 of them padded; the mean over pixels.
+    assert counts["network, forward"] == 3 * 7 + 3 + 2 + 1
+    # Logarithm of softmax, loss, linear layer; then sums of loss, penalty, correct and all predictions.
+    assert counts["loss and figures"] == 3 + 12
+    assert (counts["augmentation"], counts["optimizer"]) == (19, 2)
