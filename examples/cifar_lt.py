@@ -88,7 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--threads", type=int, help="CPU threads")
     run.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off", help="mixed precision (default off)")
     run.add_argument("--channels-last", action=argparse.BooleanOptionalAction, help="memory layout of the network")
-    run.add_argument("--compile", action="store_true", help="compile the network, and on a GPU SpA-Reg")
+    run.add_argument("--compile", action="store_true", help="compile the network, and on a GPU the step")
     run.add_argument("--capture", action=argparse.BooleanOptionalAction, default=False, help="replay a CUDA graph")
     run.add_argument("--clip-norm", type=float, default=0.0, metavar="NORM", help="clip gradients to this norm")
     run.add_argument("--accumulate", type=int, default=1, metavar="K", help="split each batch into K micro-batches")

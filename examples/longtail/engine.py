@@ -16,6 +16,7 @@ from torch import Tensor
 import spalign
 
 from .augment import ImageSet
+from .baseline import Batch
 from .batches import Draws
 from .capture import CapturedStep
 from .checkpoint import load_checkpoint, save_checkpoint
@@ -68,17 +69,19 @@ class Trainer(Run):
         self.eval_set = self._image_set(self.data.eval_images, self.data.eval_labels, padding=0)
         torch.manual_seed(settings.seed)
         baseline, self.batches = build(settings, self.train_set, self.data.counts)
+        # Read on the device where the step is captured; only the fused optimizer does that.
+        sgd: dict[str, Any] = {"lr": torch.tensor(recipe.lr, device=device), "fused": True} if capture else {}
         self._set_up(
             baseline,
             self.data.counts,
             self.data.groups,
             self.batches.steps_per_epoch,
             milestones=recipe.milestones,
-            # Read on the device where the step is captured; only the fused optimizer does that.
-            **({"lr": torch.tensor(recipe.lr, device=device), "fused": True} if capture else {}),
+            **sgd,
         )
-        if settings.compile and device.type == "cuda" and self.alignment.spareg is not None:
-            self.alignment.spareg.compile()  # of dozens of small kernels; a CPU has none to merge
+        self.make_batch, self.share_of_loss = self._make_batch, self._share_of_loss
+        if settings.compile and device.type == "cuda":
+            self.compile()  # of hundreds of small kernels; a CPU has none to merge
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.number = torch.zeros(1, dtype=torch.int64, device=device)  # of the step, for its operations to read
         self.range_N = torch.arange(recipe.batch_size, device=device)
@@ -92,6 +95,17 @@ class Trainer(Run):
         return ImageSet(
             torch.from_numpy(images), torch.from_numpy(labels), device=self.device, mean=MEAN, std=STD, padding=padding
         )
+
+    def compile(self) -> None:
+        """Have torch.compile write the kernels of batch, loss and figures, and of the backward pass.
+
+        The smaller batch at an epoch's end gets code of its own, because sizes known in advance make faster kernels.
+        Small kernels that do not wait for each other, such as the ends of sums, become one: a step has many, and to
+        start one takes longer than its work.
+        """
+        options: dict[str, Any] = {"combo_kernels": True} if torch.__version__ >= "2.9" else {}  # a trial before
+        self.make_batch = torch.compile(self._make_batch, dynamic=False, options=options)
+        self.share_of_loss = torch.compile(self._share_of_loss, dynamic=False, options=options)
 
     # --- training -----------------------------------------------------------------------------------------------------
 
@@ -143,17 +157,24 @@ class Trainer(Run):
         if self.captured is not None:
             for group in self.optimizer.param_groups:
                 group["lr"].copy_(self.rate_S[self.number].squeeze(0))
-        positions_N = self.number * self.batches.batch_size + self.range_N[:size]
-        batch = self.batches.batch(self.draws, positions_N, self.number)
+        batch = self.make_batch(size)
         self.optimizer.zero_grad(set_to_none=True)
         for part in batch.split(self.settings.accumulate):
-            with self._autocast():
-                out = self.baseline.step(part)
-            penalty = self._measure(out, len(part))
-            loss = out.loss if penalty is None else out.loss + self.settings.alignment.spareg * penalty
-            self.scaler.scale(loss * (len(part) / len(batch))).backward()
+            self.scaler.scale(self.share_of_loss(part, len(part) / len(batch))).backward()
         self._update()
         self.number.add_(1)
+
+    def _make_batch(self, size: int) -> Batch:
+        positions_N = self.number * self.batches.batch_size + self.range_N[:size]
+        return self.batches.batch(self.draws, positions_N, self.number)
+
+    def _share_of_loss(self, part: Batch, share: float) -> Tensor:
+        """Return what a micro-batch adds to the loss, and add up its figures."""
+        with self._autocast():
+            out = self.baseline.step(part)
+        penalty = self._measure(out, len(part))
+        loss = out.loss if penalty is None else out.loss + self.settings.alignment.spareg * penalty
+        return loss * share
 
     # --- evaluation ---------------------------------------------------------------------------------------------------
 

@@ -54,7 +54,7 @@ class Settings:
         accumulate: micro-batches per optimizer step.
         clip_norm: largest gradient norm; 0 for no clipping.
         amp: `off`, `bf16` or `fp16`.
-        compile: compile the network, and on a GPU the loss term of SpA-Reg.
+        compile: compile the network, and on a GPU all of the step but the optimizer.
         capture: replay the training step as a CUDA graph.
         device: `auto`, `cpu`, `cuda` or `cuda:1`.
         threads: of the CPU; None leaves PyTorch's choice.

@@ -51,9 +51,20 @@ def train(data_dir: Path, folder: Path, *options: str) -> Any:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_captured_training_equals_eager_training(name: str, data_dir: Path, tmp_path: Path) -> None:
+    assert_equal_to_eager(data_dir, tmp_path, "--capture", *METHODS[name])
+
+
+@pytest.mark.gpu(real=True)
+@pytest.mark.parametrize("name", ["ce", "glmc"])
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_captured_compiled_training_equals_eager_training(name: str, data_dir: Path, tmp_path: Path) -> None:
+    assert_equal_to_eager(data_dir, tmp_path, "--capture", "--compile", *METHODS[name])
+
+
+def assert_equal_to_eager(data_dir: Path, tmp_path: Path, *options: str) -> None:
     torch.backends.cudnn.deterministic = True
-    eager = train(data_dir, tmp_path / "eager", *METHODS[name])
-    captured = train(data_dir, tmp_path / "captured", "--capture", *METHODS[name])
+    eager = train(data_dir, tmp_path / "eager", *(o for o in options if o not in ("--capture", "--compile")))
+    captured = train(data_dir, tmp_path / "captured", *options)
     assert captured.captured.graphs
     assert captured.record["loss"] == pytest.approx(eager.record["loss"], rel=1e-2)
     assert captured.record["train_accuracy"] == pytest.approx(eager.record["train_accuracy"], abs=1.0)
