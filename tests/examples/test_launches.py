@@ -16,6 +16,9 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import launches as benchmark  # noqa: E402
 
+if not why_kernels_cannot_run():
+    import cuda_code  # noqa: F401  # with Dynamo, which has to see PyTorch before a pretended GPU does
+
 Options = Callable[..., list[str]]
 
 
