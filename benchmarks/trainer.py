@@ -10,7 +10,7 @@ slow spell of the machine meets all of them; the medians of their blocks are div
 - `plain loop`: images as a tensor data set behind a DataLoader, crop and flip per image, figures read every step.
 - `eager`: this project's step: images on the device as uint8, one gather per batch, figures read once per epoch.
 - `channels last`, `compiled`: the same with the layout, and with the network compiled.
-- `captured`: the same as a CUDA graph; with bfloat16 beside it. CUDA only.
+- `captured`: the same as a CUDA graph; with bfloat16, and compiled, beside it. CUDA only.
 
 `--packed K` also runs the fastest in one process and in K at once, which all warm up first and then measure the same
 `--window` of seconds: on a GPU as they are, taking turns, and through NVIDIA's MPS where it is to be had.
@@ -140,6 +140,7 @@ def candidates(args: argparse.Namespace) -> dict[str, tuple[str, ...]]:
     if args.device.startswith("cuda"):
         options |= {
             "captured, channels last": (last, "--capture"),
+            "captured, channels last, compiled": (last, "--capture", "--compile"),
             "captured, channels last, bf16": (last, "--capture", "--amp", "bf16"),
             "captured, channels last, bf16, compiled": (last, "--capture", "--amp", "bf16", "--compile"),
         }
