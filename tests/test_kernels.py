@@ -524,6 +524,37 @@ def test_they_are_compared_once_and_not_while_a_graph_is_captured(
     assert gpu.launches == ["move_means", "add_deltas"] * 2
 
 
+@pytest.mark.parametrize("around", ["inference", "autocast", "float64", "deterministic"])
+def test_they_are_compared_alike_whatever_is_set_around_their_first_use(
+    around: str, gpu: PretendedGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(monkeypatch)
+    x = torch.ones(1, device=GPU)
+    state = torch.random.get_rng_state()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        if around == "inference":
+            with torch.inference_mode():
+                assert kernels.ready(x)
+        elif around == "autocast":
+            with torch.autocast("cuda", torch.bfloat16):
+                assert kernels.ready(x)
+        elif around == "float64":
+            torch.set_default_dtype(torch.float64)
+            try:
+                assert kernels.ready(x)
+            finally:
+                torch.set_default_dtype(torch.float32)
+        else:
+            torch.use_deterministic_algorithms(True)
+            try:
+                assert kernels.ready(x)
+            finally:
+                torch.use_deterministic_algorithms(False)
+    assert "pull_back" in gpu.launches
+    assert torch.equal(torch.random.get_rng_state(), state), "the user's random numbers"
+
+
 @pytest.mark.parametrize("reason", ["switched off", "no Triton", "an old GPU", "ROCm"])
 def test_where_they_cannot_be_wanted_nothing_is_said(
     reason: str, gpu: PretendedGpu, monkeypatch: pytest.MonkeyPatch

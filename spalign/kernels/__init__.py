@@ -94,7 +94,8 @@ def _try(device: torch.device) -> bool:
     waits = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("default")
     try:
-        wrong = disagreement(device)
+        with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
+            wrong = disagreement(device)
     except Exception as error:  # of a compiler that is missing, a driver, a version
         wrong = f"{type(error).__name__}: {error}".splitlines()[0]
     finally:
@@ -116,7 +117,8 @@ def disagreement(device: torch.device) -> str:
     num_samples, num_classes, dim = 24, 5, 40
 
     def wave(*shape: int, step: float) -> Tensor:  # not random numbers, whose generator is the user's
-        return torch.arange(1.0, 1.0 + torch.Size(shape).numel(), device=device).mul_(step).sin_().view(shape)
+        numbers = torch.arange(1, 1 + torch.Size(shape).numel(), device=device, dtype=torch.float32)
+        return numbers.mul_(step).sin_().view(shape)
 
     h_ND, w_CD, g_CD = (wave(n, dim, step=s) for n, s in ((num_samples, 0.7), (num_classes, 1.3), (num_classes, 2.1)))
     w_CD.requires_grad_()
