@@ -71,7 +71,7 @@ def assert_equal_to_eager(data_dir: Path, tmp_path: Path, *options: str) -> None
     # The first epoch's mean loss: rounding of a fused optimizer, before chaos amplifies it.
     first = [run.folder / "metrics.jsonl" for run in (eager, captured)]
     losses = [float(path.read_text().split('"loss": ')[1].split(",")[0]) for path in first]
-    assert losses[0] == pytest.approx(losses[1], rel=2e-3)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
     for a, b in zip(eager.alignment.tracker.buffers(), captured.alignment.tracker.buffers(), strict=True):
         assert torch.isfinite(b).all()
         assert a.shape == b.shape
