@@ -31,7 +31,7 @@ import torch
 from longtail.data import find_folder
 from longtail.grid import FAMILIES, PRESETS, SEEDS, SETTINGS, STRATEGIES, Cell, Record, Records, cell_of, cells
 from longtail.runner import GPU_CHECKPOINT_SECONDS, Job, Local, Ray, run_grid, shared_gpu
-from longtail.table import draw, markdown
+from longtail.table import differences, draw, markdown
 
 RECORDS = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "table1.jsonl"
 
@@ -70,6 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     report = parser.add_argument_group("report")
     report.add_argument("--figure", type=Path, help="also draw the gains, .svg or .png")
+    report.add_argument("--against", type=Path, metavar="RECORDS", help="instead: what runs of other records differ by")
     return parser
 
 
@@ -172,6 +173,9 @@ def run(args: argparse.Namespace) -> int:
 
 def report(args: argparse.Namespace) -> int:
     records = Records(args.records).read()
+    if args.against is not None:
+        print(differences(records, Records(args.against).read(), args.preset), end="")
+        return 0
     print(markdown(records, args.preset), end="")
     if args.figure is not None:
         draw(records, args.preset, args.figure)

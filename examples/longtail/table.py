@@ -14,7 +14,7 @@ from pathlib import Path
 
 from scipy.stats import t as student_t
 
-from .grid import FAMILIES, SETTINGS, Record, cell_of
+from .grid import FAMILIES, SETTINGS, Record, cell_of, cells
 
 TITLES = {"ce": "CE", "etf-dr": "ETF-DR", "arb": "ARB", "glmc": "GLMC", "glmc-maxnorm": "GLMC+MaxNorm"}
 SUFFIXES = {"none": "", "reg": "+SpAReg", "slerp": "+SpASLERP", "proj": "+SpAProj"}
@@ -162,7 +162,7 @@ def markdown(records: Sequence[Record], preset: str) -> str:
         ]
         for row in rows:
             width = None if row.gain is None else row.gain.confidence()
-            cells = [
+            columns = [
                 row.title,
                 "" if row.paper is None else f"{row.paper:.1f}",
                 row.last.text(),
@@ -175,7 +175,7 @@ def markdown(records: Sequence[Record], preset: str) -> str:
                 row.alignment.text(".3f"),
                 str(row.last.count),
             ]
-            parts.append("| " + " | ".join(cells) + " |")
+            parts.append("| " + " | ".join(columns) + " |")
         parts.append("")
     failures = failed(records, preset)
     if failures:
@@ -187,6 +187,49 @@ def markdown(records: Sequence[Record], preset: str) -> str:
         "its\npaired difference to the family's baseline, with the half width of a 95 % confidence interval."
     )
     return "\n".join([legend, "", *parts]).rstrip() + "\n" + NOTES
+
+
+def differences(records: Sequence[Record], others: Sequence[Record], preset: str) -> str:
+    """Return a table of what runs differ by from those of other records with the same name: other options, say.
+
+    Raises:
+        ValueError: no run is in both, or two of a name differ in length or training set.
+    """
+    mine, theirs = (
+        {cell_of(record): record for record in some if "failed" not in record and record["preset"] == preset}
+        for some in (records, others)
+    )
+    pairs: dict[str, list[tuple[Record, Record]]] = {}
+    options: set[str] = set()
+    for cell in cells(preset=preset):
+        if cell not in mine or cell not in theirs:
+            continue
+        one, other = mine[cell], theirs[cell]
+        if any(one.get(key) != other.get(key) for key in ("epochs", "data_fingerprint")):
+            raise ValueError(f"the two runs {cell.name} differ in epochs or training images: they are no pair")
+        title = f"{TITLES[cell.method]}{SUFFIXES[cell.align]}, {cell.dataset}, imbalance {cell.imbalance}"
+        pairs.setdefault(title, []).append((one, other))
+        now, then = one.get("options", {}), other.get("options", {})
+        known = now.keys() & then.keys()  # options that came later had their default before
+        options |= {f"--{name} {now[name]} against {then[name]}" for name in known if now[name] != then[name]}
+    if not pairs:
+        raise ValueError(f"no finished run of the preset {preset} is in both records: nothing to compare")
+    lines = [
+        "Last-epoch accuracy in percent, mean and standard deviation over seeds; paired differences to the other runs "
+        "with the\nhalf width of a 95 % confidence interval. Options that differ: "
+        f"{', '.join(sorted(options)) or 'none'}.",
+        "",
+        "| | seeds | here | there | difference | many | medium | few |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for title, both in pairs.items():
+        columns = [Spread.of([last(record) for record in side]).text() for side in zip(*both, strict=True)]
+        for group in ("balanced", "many", "medium", "few"):
+            gain = Spread.of([one["accuracy_last"][group] - other["accuracy_last"][group] for one, other in both])
+            width = gain.confidence()
+            columns.append(f"{gain.mean:+.1f}" + ("" if width is None else f" ± {width:.1f}"))
+        lines.append(f"| {title} | {len(both)} | " + " | ".join(columns) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def failed(records: Sequence[Record], preset: str) -> list[Record]:

@@ -368,6 +368,26 @@ def kill_worker_of(one: Cell) -> list[int]:
     return []
 
 
+def test_runs_with_other_options_are_compared_pair_by_pair(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    here, there = Records(tmp_path / "here.jsonl"), Records(tmp_path / "there.jsonl")
+    for seed, accuracy in enumerate((50.0, 52.0, 51.0)):
+        here.add(record(cell("ce", seed=seed), accuracy, epochs=40, options={"amp": "bf16", "lr": 0.1}))
+        there.add(record(cell("ce", seed=seed), 49.0, epochs=40, options={"amp": "off", "lr": 0.1}))
+    there.add(record(cell("arb"), 60.0, epochs=40))  # in one of them alone
+    argv = ["report", "--preset", "small", "--records", str(here.path), "--against", str(there.path)]
+    assert reproduce.main(argv) == 0
+    text = capsys.readouterr().out
+    assert "--amp bf16 against off." in text
+    # Differences 1, 3, 2: mean 2, deviation 1, and 4.303 of its third part's root.
+    assert "| CE, cifar100, imbalance 100 | 3 | 51.0 ± 1.0 | 49.0 ± 0.0 | +2.0 ± 2.5 | +2.0 ± 2.5 |" in text
+    assert "ARB" not in text
+    here.add(record(cell("arb"), 60.0, epochs=41))
+    assert reproduce.main(argv) == 2
+    assert "they are no pair" in capsys.readouterr().err
+    assert reproduce.main([*argv[:2], "full", *argv[3:]]) == 2
+    assert "nothing to compare" in capsys.readouterr().err
+
+
 def test_records_in_the_repository_do_not_make_its_code_dirty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A grid writes into benchmarks/results while it runs; what its next run has trained with is still the commit."""
     from longtail import training
