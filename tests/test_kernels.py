@@ -578,8 +578,8 @@ def test_where_they_cannot_be_wanted_nothing_is_said(
 
 # --- compiling --------------------------------------------------------------------------------------------------------
 
-COMPILE = """
-import json, sys
+COMPILE = r"""
+import json, re, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -594,6 +594,11 @@ TYPES = {
 }
 NOTHING = dict.fromkeys(("by_weight_CD", "e_CD", "e_sum_PD", "e_sum_D"))  # what is not asked for
 ONES = ("num_samples", "num_classes", "dim", "programs")  # Triton makes a constant of an integer that is 1
+# What every thread loads and one of them stores: other threads may still be about to load it.
+unordered = lambda ttir: [
+    place for place in re.findall(r"tt\.load (%\w+) : !tt\.ptr", ttir)
+    for between in re.findall(rf"tt\.load {place} :(.*?)tt\.store {place},", ttir, re.S) if "barrier" not in between
+]
 built = {}
 for dim in (1, 64, 2048, kernels.MOST_DIMENSIONS):
     block, block_r = kernels._block(dim), kernels._tile(kernels._block(dim))
@@ -629,7 +634,8 @@ for dim in (1, 64, 2048, kernels.MOST_DIMENSIONS):
         for arch in map(int, sys.argv[1:]):
             source = ASTSource(kernel, signature, constants)
             made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
-            built[f"{len(built)}: {name}, D {dim}, sm_{arch}"] = [len(made.asm["cubin"]), made.metadata.shared]
+            size, shared, races = len(made.asm["cubin"]), made.metadata.shared, unordered(made.asm["ttir"])
+            built[f"{len(built)}: {name}, D {dim}, sm_{arch}"] = [size, shared, races]
 print(json.dumps(built))
 """
 
@@ -644,6 +650,7 @@ def test_they_compile_for_three_generations_of_gpus(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr[-2000:]
     built = json.loads(run.stdout)
     assert len(built) == 4 * 14 * len(architectures)
-    for name, (size, shared) in built.items():
+    for name, (size, shared, races) in built.items():
         assert size > 1000, name
+        assert races == [], f"{name}: stored without waiting for the threads that load it"
         assert shared <= 48 * 1024, f"{name}: more shared memory than every GPU gives without asking"

@@ -69,10 +69,10 @@ def move_means(
         divisor = tl.maximum(new if CUMULATIVE else count, 1.0)
         rate = (1.0 if CUMULATIVE else tl.where(old > 0.0, momentum, 1.0)) / divisor
         after_D = before_D + rate * moved_D
+        tl.debug_barrier()  # every thread has read mean and weight, and may read what another stored in the loop
         tl.store(mean_CD + c * dim + d, after_D, mask=d < dim)
         tl.store(delta_ND + i * dim + d, after_D - before_D, mask=d < dim)
         tl.store(weight_C + c, new)
-        tl.debug_barrier()  # what the loop stored is read again
         for start in range(0, num_samples, BLOCK_R):
             r = start + tl.arange(0, BLOCK_R)
             mine_R = (tl.load(targets_N + r, mask=r < num_samples, other=0).to(tl.int64) == c) & (r < num_samples)
@@ -147,11 +147,11 @@ def move_soft_means(
     rate = (1.0 if CUMULATIVE else tl.where(old > 0.0, momentum, 1.0)) / divisor
     rate = tl.where(count > 0.0, rate, 0.0)
     after_D = before_D + rate * moved_D
+    tl.debug_barrier()  # every thread has read the mean, its weight and those of the samples
     tl.store(mean_CD + c * dim + d, after_D, mask=d < dim)
     tl.store(delta_CD + c * dim + d, after_D - before_D, mask=d < dim)
     tl.store(owner_C + c, (count > 0.0).to(tl.int8))
     tl.store(weight_C + c, new)
-    tl.debug_barrier()  # every thread has read the weights
     for start in range(0, num_samples, BLOCK_R):
         r = start + tl.arange(0, BLOCK_R)
         place_R = weight_NC + r * num_classes + c
