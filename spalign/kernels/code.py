@@ -1,6 +1,7 @@
 """The kernels, in Triton. One program handles one row of features or of the classifier, all of its D entries.
 
-Nothing adds up in an order that chance decides: equal arguments give equal bits. ``*_stride`` are in elements.
+Nothing adds up in an order that chance decides: equal arguments give equal bits. ``*_stride`` are in elements. Places are
+products of 64 bits: Triton gives sizes and strides 32, and those of a column or of a million samples would not fit.
 """
 
 # Names of one letter are a kernel's own: i a sample, c a class, d feature dimensions, r samples of a tile.
@@ -55,7 +56,7 @@ def move_means(
             r = start + tl.arange(0, BLOCK_R)
             mine_R = (tl.load(targets_N + r, mask=r < num_samples, other=0).to(tl.int64) == c) & (r < num_samples)
             if tl.max(mine_R.to(tl.int32), axis=0) > 0:
-                place_RD = r[:, None].to(tl.int64) * row_stride + d[None, :] * column_stride
+                place_RD = r[:, None].to(tl.int64) * row_stride + d[None, :].to(tl.int64) * column_stride
                 mask_RD = mine_R[:, None] & (d < dim)[None, :]
                 h_RD = tl.load(features + place_RD, mask=mask_RD, other=0.0).to(tl.float32)
                 # As everywhere: finite where every entry is, unless it overflows. Not a number is below nothing.
@@ -71,7 +72,7 @@ def move_means(
         after_D = before_D + rate * moved_D
         tl.debug_barrier()  # every thread has read mean and weight, and may read what another stored in the loop
         tl.store(mean_CD + c * dim + d, after_D, mask=d < dim)
-        tl.store(delta_ND + i * dim + d, after_D - before_D, mask=d < dim)
+        tl.store(delta_ND + i.to(tl.int64) * dim + d, after_D - before_D, mask=d < dim)
         tl.store(weight_C + c, new)
         for start in range(0, num_samples, BLOCK_R):
             r = start + tl.arange(0, BLOCK_R)
@@ -96,7 +97,7 @@ def soft_weights(
     """Write the weight of each sample for each class: soft labels less their floor, rescaled. Programs: samples."""
     i = tl.program_id(0).to(tl.int64)
     c, d = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_D)
-    h_D = tl.load(features + i * row_stride + d * column_stride, mask=d < dim, other=0.0).to(tl.float32)
+    h_D = tl.load(features + i * row_stride + d.to(tl.int64) * column_stride, mask=d < dim, other=0.0).to(tl.float32)
     q_C = tl.load(targets + i * num_classes + c, mask=c < num_classes, other=0.0).to(tl.float32)
     total = tl.sum(q_C, axis=0)
     floor = tl.min(tl.where(c < num_classes, q_C, float("inf")), axis=0)
@@ -128,16 +129,16 @@ def move_soft_means(
     BLOCK_D: tl.constexpr,
 ):
     """Move class means by weighted samples, and turn the weights into rates. Programs: one per class."""
-    c = tl.program_id(0)
+    c = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     before_D = tl.load(mean_CD + c * dim + d, mask=d < dim, other=0.0)
     moved_D = tl.zeros([BLOCK_D], dtype=tl.float32)
     count = 0.0
     for start in range(0, num_samples, BLOCK_R):
         r = start + tl.arange(0, BLOCK_R)
-        q_R = tl.load(weight_NC + r * num_classes + c, mask=r < num_samples, other=0.0)
+        q_R = tl.load(weight_NC + r.to(tl.int64) * num_classes + c, mask=r < num_samples, other=0.0)
         mask_RD = (q_R > 0.0)[:, None] & (d < dim)[None, :]
-        place_RD = r[:, None].to(tl.int64) * row_stride + d[None, :] * column_stride
+        place_RD = r[:, None].to(tl.int64) * row_stride + d[None, :].to(tl.int64) * column_stride
         h_RD = tl.load(features + place_RD, mask=mask_RD, other=0.0).to(tl.float32)
         moved_D += tl.sum(tl.where(mask_RD, q_R[:, None] * (h_RD - before_D[None, :]), 0.0), axis=0)
         count += tl.sum(q_R, axis=0)
@@ -154,7 +155,7 @@ def move_soft_means(
     tl.store(weight_C + c, new)
     for start in range(0, num_samples, BLOCK_R):
         r = start + tl.arange(0, BLOCK_R)
-        place_R = weight_NC + r * num_classes + c
+        place_R = weight_NC + r.to(tl.int64) * num_classes + c
         q_R = tl.load(place_R, mask=r < num_samples, other=0.0)
         tl.store(place_R, q_R * rate, mask=r < num_samples)
 
@@ -168,7 +169,7 @@ def add_deltas(mean_sum_D, delta_ND, owner_N, num_samples, dim, BLOCK_R: tl.cons
         r = start + tl.arange(0, BLOCK_R)
         owner_R = tl.load(owner_N + r, mask=r < num_samples, other=0) != 0
         mask_RD = owner_R[:, None] & (d < dim)[None, :]
-        delta_RD = tl.load(delta_ND + r[:, None] * dim + d[None, :], mask=mask_RD, other=0.0)
+        delta_RD = tl.load(delta_ND + r[:, None].to(tl.int64) * dim + d[None, :], mask=mask_RD, other=0.0)
         sum_D += tl.sum(delta_RD.to(tl.float64), axis=0)
     tl.store(mean_sum_D + d, sum_D, mask=d < dim)
 
@@ -228,7 +229,8 @@ def align_rows(
     loss = 0.0
     for c in range(p, num_classes, programs):
         row = tl.cast(c, tl.int64)
-        w = tl.load(weight_CD + row * row_stride + d * column_stride, mask=d < dim, other=0.0).to(tl.float32)
+        place_D = row * row_stride + d.to(tl.int64) * column_stride
+        w = tl.load(weight_CD + place_D, mask=d < dim, other=0.0).to(tl.float32)
         x = tl.load(mean_CD + row * dim + d, mask=d < dim, other=0.0) - center
         ww, xx, wx = tl.sum(w * w, axis=0), tl.sum(x * x, axis=0), tl.sum(w * x, axis=0)
         inv_w, inv_x = tl.rsqrt(ww), tl.rsqrt(xx)
@@ -245,7 +247,7 @@ def align_rows(
             e_sum += e
     tl.store(loss_P + p, loss * share)
     if BY_MEAN:
-        tl.store(e_sum_PD + p * dim + d, e_sum, mask=d < dim)
+        tl.store(e_sum_PD + p.to(tl.int64) * dim + d, e_sum, mask=d < dim)
 
 
 @triton.jit
@@ -269,7 +271,8 @@ def add_terms(
         sum_B += tl.load(loss_P + p, mask=p < programs, other=0.0)
         if BY_MEAN:
             mask_PD = (p < programs)[:, None] & (d < dim)[None, :]
-            sum_D += tl.sum(tl.load(e_sum_PD + p[:, None] * dim + d[None, :], mask=mask_PD, other=0.0), axis=0)
+            place_PD = p[:, None].to(tl.int64) * dim + d[None, :]
+            sum_D += tl.sum(tl.load(e_sum_PD + place_PD, mask=mask_PD, other=0.0), axis=0)
     if tl.program_id(0) == 0:
         tl.store(loss, tl.sum(sum_B, axis=0))
     if BY_MEAN:
@@ -279,7 +282,7 @@ def add_terms(
 @triton.jit
 def pull_back(by_features_ND, e_CD, e_sum_D, alignable_C, count, rate_N, class_N, dim, BLOCK_D: tl.constexpr):
     """Write ``r_i (e - q sum e)`` of each sample's class, q the share of its mean in mu_G. Programs: one per sample."""
-    i = tl.program_id(0)
+    i = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     c, rate = tl.load(class_N + i), tl.load(rate_N + i)
     share = (tl.load(alignable_C + c) != 0).to(tl.float32) / tl.maximum(tl.load(count), 1).to(tl.float32)
@@ -313,9 +316,9 @@ def project(
     d = tl.arange(0, BLOCK_D)
     center = tl.load(center_D + d, mask=d < dim, other=0.0)
     least = floor_squared * tl.sum(center * center, axis=0) + tiny
-    raw = tl.load(grad_CD + c * grad_row_stride + d * grad_column_stride, mask=d < dim, other=0.0)
-    g = raw.to(tl.float32)
-    w = tl.load(weight_CD + c * row_stride + d * column_stride, mask=d < dim, other=0.0).to(tl.float32)
+    j = d.to(tl.int64)
+    g = tl.load(grad_CD + c * grad_row_stride + j * grad_column_stride, mask=d < dim, other=0.0).to(tl.float32)
+    w = tl.load(weight_CD + c * row_stride + j * column_stride, mask=d < dim, other=0.0).to(tl.float32)
     x = tl.load(mean_CD + c * dim + d, mask=d < dim, other=0.0) - center
     ww, wx = tl.sum(w * w, axis=0), tl.sum(w * x, axis=0)
     inv_w = tl.rsqrt(ww)
@@ -335,4 +338,4 @@ def project(
         by_w += tl.sum(g * w, axis=0) * inv_w * inv_w
     projected = g + (gamma - 1.0) * along * x + (gamma - 1.0) * by_w * w
     result = tl.where(valid, projected, g).to(out_CD.dtype.element_ty)
-    tl.store(out_CD + c * out_row_stride + d * out_column_stride, result, mask=d < dim)
+    tl.store(out_CD + c * out_row_stride + j * out_column_stride, result, mask=d < dim)
