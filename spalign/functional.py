@@ -688,7 +688,7 @@ def alignment_loss(
     if center_D is not None and not torch.compiler.is_compiling():
         if host.can_align(weight_CD, mean_CD, center_D):
             terms = host.alignment_terms(weight_CD, mean_CD, seen_C, center_D, rate, labels_N, by_weight=by_weight)
-        elif kernels.can_align(weight_CD, mean_CD, center_D):
+        elif kernels.can_align(weight_CD, mean_CD, seen_C, center_D):
             terms = kernels.alignment_terms(weight_CD, mean_CD, seen_C, center_D, rate, labels_N, by_weight=by_weight)
     if terms is None:
         loss, *grads = _alignment_terms(weight_CD, mean_CD, seen_C, center_D, moved_by)
@@ -756,7 +756,7 @@ def alignment_loss_and_grad(
         >>> loss.item(), grad.tolist()
         (0.5, [[0.0, 0.0], [0.5, 0.0]])
     """
-    if center_D is not None and kernels.can_align(weight_CD, mean_CD, center_D):
+    if center_D is not None and kernels.can_align(weight_CD, mean_CD, seen_C, center_D):
         loss, by_weight, _ = kernels.alignment_terms(weight_CD, mean_CD, seen_C, center_D, None, None, by_weight=True)
         assert by_weight is not None
         return loss, by_weight.to(weight_CD.dtype)
@@ -895,7 +895,7 @@ def _project(
     out: Tensor | None = None,
 ) -> Tensor:
     """:func:`project_gradient`, into ``out`` if given, which may be the gradient."""
-    if center_D is not None and kernels.can_align(weight_CD, mean_CD, center_D, grad_CD):
+    if center_D is not None and kernels.can_align(weight_CD, mean_CD, seen_C, center_D, grad_CD):
         out, paper = torch.empty_like(grad_CD) if out is None else out, radial == "paper"
         kernels.project_gradient(out, grad_CD, weight_CD, mean_CD, seen_C, center_D, gamma=gamma, paper=paper)
         return out

@@ -430,6 +430,94 @@ def test_what_the_kernels_do_not_take_is_left_to_torch(gpu: PretendedGpu) -> Non
     assert gpu.launches == []
 
 
+def negated(x: Tensor) -> Tensor:
+    """Return the same values, of which memory holds the negatives."""
+    return torch.complex(x, -x).conj().imag
+
+
+def test_a_kernel_gets_only_what_fits_together_and_lies_in_memory_as_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its pointers know no shapes, strides, devices or signs: what does not fit would be read from elsewhere."""
+    monkeypatch.setattr(Tensor, "is_cuda", property(lambda x: True))
+    monkeypatch.setattr(kernels, "_ready", {None: True})
+    h, y, soft = torch.ones(12, 6), torch.zeros(12, dtype=torch.int64), torch.ones(12, 5)
+    state = torch.zeros(5, 6), torch.zeros(5), torch.zeros(6, dtype=torch.float64)
+    mean, weight, mean_sum = state
+    assert kernels.can_update(*state, h, y)
+    assert kernels.can_update(*state, h, soft)
+    for wrong in (
+        (torch.zeros(5, 7), weight, mean_sum, h, y),
+        (mean, torch.zeros(4), mean_sum, h, y),
+        (mean, weight, torch.zeros(7, dtype=torch.float64), h, y),
+        (mean, weight, torch.zeros(6, 2, dtype=torch.float64)[:, 0], h, y),
+        (mean, weight, mean_sum, h[0], y),
+        (mean, weight, mean_sum, h, y[:11]),
+        (mean, weight, mean_sum, h, y[:, None]),
+        (mean, weight, mean_sum, h, y > 0),
+        (mean, weight, mean_sum, h, soft[:, :4]),
+        (mean, weight, mean_sum, negated(h), y),
+        (mean, weight, mean_sum, h, negated(soft)),
+        (mean.to("meta"), weight, mean_sum, h, y),
+    ):
+        assert not kernels.can_update(*wrong)
+    assert kernels.can_read(*state)
+    assert not kernels.can_read(mean, weight, torch.zeros(6, 2, dtype=torch.float64)[:, 0])
+    assert not kernels.can_read(mean, weight, mean_sum[:5])
+    seen, center = weight == 0, torch.zeros(6)
+    rows = mean, mean, seen, center, mean
+    assert kernels.can_align(*rows)
+    for place, other in (
+        (0, torch.zeros(4, 6)),
+        (0, negated(mean)),
+        (0, mean.to("meta")),
+        (2, weight),
+        (2, seen[:4]),
+        (3, torch.zeros(1)),
+        (4, torch.zeros(5, 1)),
+    ):
+        assert not kernels.can_align(*rows[:place], other, *rows[place + 1 :])
+    answers = []
+
+    def asks(g: Tensor) -> Tensor:
+        answers.append(kernels.can_align(mean, mean, seen, center, g))
+        return g
+
+    torch.func.vmap(asks)(mean.expand(2, 5, 6))
+    assert answers == [False], "what stands for the examples has no memory"
+
+
+def test_shapes_that_do_not_fit_raise_what_torch_raises_and_broadcast_as_there(gpu: PretendedGpu) -> None:
+    p = make_problem(1, num_classes=5, dim=6, dtype=torch.float32, unseen=())
+    w, g, mean, seen, center = (x.to(GPU) for x in (p.w, p.g, p.mean, p.seen, p.mean.mean(0)))
+    with pytest.raises(RuntimeError, match="must match the size"):
+        F.alignment_loss(w[:4], mean, seen, center_D=center)
+    with pytest.raises(RuntimeError, match="must match the size"):
+        F.project_gradient(g[:, :4], w, mean, seen, gamma=0.3, center_D=center)
+    F.alignment_loss(w, mean, seen, center_D=center.new_zeros(1))
+    assert gpu.launches == []
+
+
+@runs
+def test_numbers_that_triton_does_not_take() -> None:
+    h, y = make_batch(1, 12, 5, 7)
+    state, numbers_of_python = zeros(5, 7), zeros(5, 7)
+    momentum: Any = np.float32(0.25)
+    kernels.update_class_means_(*state, device(h), device(y), momentum, 2**70)
+    kernels.update_class_means_(*numbers_of_python, device(h), device(y), 0.25, -100)
+    assert torch.equal(state[0], numbers_of_python[0])
+
+
+@runs
+def test_rates_and_labels_of_every_other_sample() -> None:
+    p = make_problem(1, num_classes=5, dim=6, dtype=torch.float32)
+    rate, labels_N = torch.rand(8), torch.arange(8) % 5
+    rows = device(p.w), device(p.mean), device(p.seen), device(p.mean.mean(0))
+    _, _, of_all = kernels.alignment_terms(*rows, device(rate), device(labels_N), by_weight=False)
+    _, _, of_some = kernels.alignment_terms(*rows, device(rate)[::2], device(labels_N)[::2], by_weight=False)
+    assert of_all is not None
+    assert of_some is not None
+    assert torch.equal(of_some, of_all[::2])
+
+
 @runs
 def test_they_agree_with_torch_where_nothing_is_broken() -> None:
     assert kernels.disagreement(torch.device(DEVICE)) == ""

@@ -37,6 +37,7 @@ MOST_PROGRAMS = 512  # for the rows of a classifier: enough to fill a GPU
 
 _PLAIN = (Tensor, nn.Parameter)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _EPS, _TINY = torch.finfo(torch.float32).eps, torch.finfo(torch.float32).tiny
 _FLOOR_SQUARED = (16 * _EPS) ** 2
 _ready: dict[int | None, bool] = {}  # by GPU
@@ -160,11 +161,19 @@ def disagreement(device: torch.device) -> str:
 
 
 def _are_plain(*tensors: Tensor) -> bool:
-    return all(type(x) in _PLAIN for x in tensors)
+    """Return whether tensors are on one device and hold their values where their pointers point, as a kernel needs."""
+    if torch._C._are_functorch_transforms_active():  # their wrappers are of type Tensor and point nowhere
+        return False
+    device = tensors[0].device
+    return all(type(x) in _PLAIN and x.device == device and not x.is_neg() for x in tensors)
 
 
 def _is_state(*tensors: Tensor) -> bool:
     return all(x.dtype is torch.float32 and x.is_contiguous() for x in tensors)
+
+
+def _is_sum(mean_sum_D: Tensor, dim: int) -> bool:
+    return mean_sum_D.dtype is torch.float64 and mean_sum_D.is_contiguous() and mean_sum_D.shape == (dim,)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -174,17 +183,23 @@ def _is_state(*tensors: Tensor) -> bool:
 
 def can_update(mean_CD: Tensor, weight_C: Tensor, mean_sum_D: Tensor | None, features: Tensor, targets: Tensor) -> bool:
     """Return whether :func:`update_class_means_` takes this state and a batch of these shapes and dtypes."""
-    if not features.is_cuda or torch.compiler.is_compiling():
+    if not features.is_cuda or torch.compiler.is_compiling() or features.ndim != 2:
         return False
-    (num_samples, dim), soft = features.shape, targets.is_floating_point()
+    (num_samples, dim), num_classes, soft = features.shape, len(mean_CD), targets.is_floating_point()
     if not (0 < num_samples <= MOST_SAMPLES and 0 < dim <= MOST_DIMENSIONS and features.dtype in _FLOATS):
         return False
-    if soft and not (features.numel() <= MOST_SOFT and len(mean_CD) <= MOST_DIMENSIONS and targets.dtype in _FLOATS):
+    if soft and not (features.numel() <= MOST_SOFT and num_classes <= MOST_DIMENSIONS):
         return False
+    # Kernels check no shapes: torch's operations have the error for those that do not fit.
+    sums = () if mean_sum_D is None else (mean_sum_D,)
     return (
-        _are_plain(mean_CD, weight_C, features, targets)
-        and (mean_sum_D is None or (type(mean_sum_D) is Tensor and mean_sum_D.dtype is torch.float64))
+        targets.dtype in (_FLOATS if soft else _INTEGERS)
+        and targets.shape == ((num_samples, num_classes) if soft else (num_samples,))
+        and mean_CD.shape == (num_classes, dim)
+        and weight_C.shape == (num_classes,)
+        and _are_plain(mean_CD, weight_C, features, targets, *sums)
         and _is_state(mean_CD, weight_C)
+        and (mean_sum_D is None or _is_sum(mean_sum_D, dim))
         and ready(features)
     )
 
@@ -213,7 +228,9 @@ def update_class_means_(
     moved = delta.new_empty(len(delta), dtype=torch.int8)
     rate = delta.new_empty(targets.shape)
     class_N = None if soft else targets.new_empty(num_samples, dtype=torch.int64)
-    keep = 0.0 if momentum is None else momentum
+    # As Triton takes them: no numbers of numpy, no integers of more than 64 bits.
+    keep = 0.0 if momentum is None else float(momentum)
+    ignore_index = int(ignore_index) if 0 <= ignore_index < num_classes else -1
     how: dict[str, Any] = {"CUMULATIVE": momentum is None, "BLOCK_R": _tile(block), "BLOCK_D": block}
     how["num_warps"] = _warps(block, 4)
     code = _code()
@@ -265,7 +282,7 @@ def can_read(mean_CD: Tensor, weight_C: Tensor, mean_sum_D: Tensor) -> bool:
         and len(weight_C) <= MOST_CLASSES
         and _are_plain(mean_CD, weight_C, mean_sum_D)
         and _is_state(mean_CD, weight_C)
-        and mean_sum_D.dtype is torch.float64
+        and _is_sum(mean_sum_D, mean_CD.shape[1])
         and ready(weight_C)
     )
 
@@ -295,16 +312,18 @@ def geometry(weight_C: Tensor, mean_sum_D: Tensor) -> tuple[Tensor, Tensor]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def can_align(weight_CD: Tensor, mean_CD: Tensor, center_D: Tensor, *grads: Tensor) -> bool:
+def can_align(weight_CD: Tensor, mean_CD: Tensor, seen_C: Tensor, center_D: Tensor, *grads: Tensor) -> bool:
     """Return whether :func:`alignment_terms`, and with a gradient :func:`project_gradient`, take these."""
     if not mean_CD.is_cuda or torch.compiler.is_compiling():
         return False
+    shape = mean_CD.shape
     return (
         mean_CD.numel() > 0
-        and mean_CD.shape[1] <= MOST_DIMENSIONS
+        and shape[1] <= MOST_DIMENSIONS
         and not mean_CD.requires_grad
-        and all(x.dtype in _FLOATS for x in (weight_CD, *grads))
-        and _are_plain(weight_CD, mean_CD, center_D, *grads)
+        and all(x.dtype in _FLOATS and x.shape == shape for x in (weight_CD, *grads))
+        and (center_D.shape, seen_C.shape, seen_C.dtype) == (shape[1:], shape[:1], torch.bool)
+        and _are_plain(weight_CD, mean_CD, seen_C, center_D, *grads)
         and _is_state(mean_CD, center_D)
         and ready(mean_CD)
     )
@@ -366,8 +385,8 @@ def alignment_terms(
                 e_sum_D,
                 seen_C,
                 count,
-                rate,
-                labels_N,
+                rate.contiguous(),
+                labels_N.contiguous(),
                 dim,
                 BLOCK_D=block,
                 num_warps=_warps(block),
@@ -406,7 +425,7 @@ def project_gradient(
             *grad_CD.stride(),
             *weight_CD.stride(),
             dim,
-            gamma,
+            float(gamma),
             _FLOOR_SQUARED,
             _TINY,
             PAPER=paper,
