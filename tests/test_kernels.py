@@ -524,6 +524,21 @@ def test_they_agree_with_torch_where_nothing_is_broken() -> None:
 
 
 @runs
+def test_they_agree_with_torch_where_its_products_are_rounded_to_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.set_float32_matmul_precision("high"): a GPU multiplies float32 matrices with 11 bits of each entry."""
+
+    def rounded(x: Tensor) -> Tensor:
+        if x.dtype != torch.float32:
+            return x
+        bits = x.contiguous().view(torch.int32)
+        return ((bits + (1 << 12)) & ~((1 << 13) - 1)).view(torch.float32)  # of 23 bits after the first, 10 stay
+
+    real = Tensor.__matmul__
+    monkeypatch.setattr(Tensor, "__matmul__", lambda x, y: real(rounded(x), rounded(y)))
+    assert kernels.disagreement(torch.device(DEVICE)) == ""
+
+
+@runs
 @pytest.mark.parametrize(
     ("name", "what"),
     [
