@@ -64,7 +64,8 @@ class BatchShare(NamedTuple):
     def outputs(self) -> tuple[Tensor, Tensor]:
         """Return the share as tensors that are no inputs, as a node of a graph must; labels (N, 0) stand for none."""
         if self.labels is None:
-            return self.rate, self.rate.new_empty(len(self.rate), 0, dtype=torch.int64)
+            # In the one layout that is promised: the general way keeps that of the soft labels, kernels do not.
+            return self.rate.contiguous(), self.rate.new_empty(len(self.rate), 0, dtype=torch.int64)
         return self.rate, self.labels.clone()
 
     @classmethod
@@ -383,7 +384,7 @@ def _empty_outputs(
     mean: Tensor, weight: Tensor, mean_sum: Tensor, features: Tensor, targets: Tensor, *_: object
 ) -> tuple[Tensor, Tensor]:
     """Return tensors of the shapes of :meth:`BatchShare.outputs`, for nodes whose arguments begin like these."""
-    rate = torch.empty_like(targets, dtype=mean.dtype)
+    rate = mean.new_empty(targets.shape)
     return rate, targets.new_empty((len(targets), 0) if rate.ndim == 2 else len(targets), dtype=torch.int64)
 
 

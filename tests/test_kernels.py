@@ -496,6 +496,20 @@ def test_shapes_that_do_not_fit_raise_what_torch_raises_and_broadcast_as_there(g
     assert gpu.launches == []
 
 
+@pytest.mark.parametrize("where", ["cpu", "cuda"])
+def test_a_compiled_graph_gets_the_layout_that_it_was_promised(where: str, gpu: PretendedGpu) -> None:
+    """Its code reads by the strides of the fake result, also of soft labels that lie class by class."""
+    h, _ = make_batch(1, 12, 5, 6)
+    q, y = torch.softmax(torch.randn(5, 12), 0).t(), torch.arange(12) % 5
+    for targets in (q, y, torch.stack([y, y], 1)[:, 0]):
+        arguments = [x.to(where) for x in (*(x.cpu() for x in zeros(5, 6)), h, targets)]
+        assert arguments[-1].stride() != (5, 1)
+        mean, weight, mean_sum, features, labels = arguments
+        real = F.update_class_means_(mean, weight, features, labels, mean_sum_D=mean_sum).outputs()
+        promised = F._empty_outputs(*arguments)
+        assert [(x.shape, x.stride()) for x in real] == [(x.shape, x.stride()) for x in promised]
+
+
 @runs
 def test_numbers_that_triton_does_not_take() -> None:
     h, y = make_batch(1, 12, 5, 7)
