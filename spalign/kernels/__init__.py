@@ -92,15 +92,17 @@ def _try(device: torch.device) -> bool:
         return False
     if torch.cuda.get_device_capability(device) < (8, 0):
         return False
-    waits = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("default")
+    told = torch.cuda.get_sync_debug_mode()  # setting it, even to what it is, warns of a prototype
     try:
+        if told:
+            torch.cuda.set_sync_debug_mode("default")
         with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
             wrong = disagreement(device)
     except Exception as error:  # of a compiler that is missing, a driver, a version
         wrong = f"{type(error).__name__}: {error}".splitlines()[0]
     finally:
-        torch.cuda.set_sync_debug_mode(waits)
+        if told:
+            torch.cuda.set_sync_debug_mode(told)
     if wrong:
         warnings.warn(
             f"spalign's own kernels are not used on {device}, torch's operations are: {wrong}. {SWITCH}=0 in the "
