@@ -136,8 +136,8 @@ def disagreement(device: torch.device) -> str:
         share = update_class_means_(state[0], state[1], state[2], h_ND, targets, 0.3, -100)
         # Products of float32 matrices may be rounded to TF32, where the user allows it.
         batch = functional._parse_batch(h_ND, targets, num_classes, -100, torch.float64)
-        sums = (x.float() for x in functional._batch_statistics(batch, num_classes))
-        rates = functional._update_from_statistics_(expected[0], expected[1], *sums, 0.3, expected[2])
+        sum_CD, batch_weight_C = (x.float() for x in functional._batch_statistics(batch, num_classes))
+        rates = functional._update_from_statistics_(expected[0], expected[1], sum_CD, batch_weight_C, 0.3, expected[2])
         alignable_C, center_D = geometry(state[1], state[2])
         moved_by = functional._share_of_rates(batch, rates)
         rows, paper = (w_CD, expected[0], alignable_C, center_D), kind == "hard"

@@ -1,7 +1,7 @@
 """The kernels, in Triton. One program handles one row of features or of the classifier, all of its D entries.
 
-Nothing adds up in an order that chance decides: equal arguments give equal bits. ``*_stride`` are in elements. Places are
-products of 64 bits: Triton gives sizes and strides 32, and those of a column or of a million samples would not fit.
+Nothing adds up in an order that chance decides: equal arguments give equal bits. ``*_stride`` are in elements. Places
+are products of 64 bits: Triton gives sizes and strides 32, too few for a million samples.
 """
 
 # Names of one letter are a kernel's own: i a sample, c a class, d feature dimensions, r samples of a tile.
