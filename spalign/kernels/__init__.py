@@ -12,6 +12,7 @@ Shapes: N samples, C classes, D feature dimensions, P programs.
 import contextlib
 import importlib.util
 import os
+import threading
 import warnings
 from typing import Any
 
@@ -41,6 +42,7 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _EPS, _TINY = torch.finfo(torch.float32).eps, torch.finfo(torch.float32).tiny
 _FLOOR_SQUARED = (16 * _EPS) ** 2
 _ready: dict[int | None, bool] = {}  # by GPU
+_comparing = threading.Lock()
 
 
 def _code() -> Any:
@@ -83,7 +85,10 @@ def ready(x: Tensor) -> bool:
     if known is None:
         if torch.cuda.is_current_stream_capturing():
             return False  # comparing would wait
-        known = _ready[x.device.index] = _try(x.device)
+        with _comparing:
+            known = _ready.get(x.device.index)
+            if known is None:
+                known = _ready[x.device.index] = _try(x.device)
     return known
 
 
@@ -106,7 +111,7 @@ def _try(device: torch.device) -> bool:
     if wrong:
         warnings.warn(
             f"spalign's own kernels are not used on {device}, torch's operations are: {wrong}. {SWITCH}=0 in the "
-            "environment turns them off without this warning",
+            "environment turns them off without this warning; set it on all ranks, or their roundings differ",
             stacklevel=2,
         )
     return not wrong
