@@ -126,7 +126,7 @@ def counting() -> Iterator[Counts]:
     """Count feeds of trackers, projections, rotations and optimizer steps, whoever makes them."""
     counts = Counts()
     absorb, step = spalign.ClassMeanTracker._absorb, spalign.SpASlerp.step
-    project = spalign.functional.project_gradient
+    project = spalign.functional._project
 
     def counted_absorb(self: spalign.ClassMeanTracker, *args: Any) -> Any:
         counts.fed += 1
@@ -154,7 +154,7 @@ def counting() -> Iterator[Counts]:
     with (
         mock.patch.object(spalign.ClassMeanTracker, "_absorb", counted_absorb),
         mock.patch.object(spalign.SpASlerp, "step", counted_rotation),
-        mock.patch.object(spalign.functional, "project_gradient", counted_project),
+        mock.patch.object(spalign.functional, "_project", counted_project),
     ):
         try:
             yield counts
