@@ -22,7 +22,6 @@ import argparse
 import datetime
 import importlib
 import os
-import platform
 import shlex
 import sys
 import tempfile
@@ -40,8 +39,8 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "examples")]
 import cifar_lt  # noqa: E402
 from longtail.engine import Trainer  # noqa: E402
 from longtail.reporting import recorded_command, write_result  # noqa: E402
-from longtail.training import git_commit  # noqa: E402
-from operations import name_of  # noqa: E402
+from longtail.training import environment  # noqa: E402
+from operations import is_view, name_of  # noqa: E402
 from pretended_gpu import pretended_gpu, why_kernels_cannot_run  # noqa: E402
 
 SEVERAL = {"convolution_backward": 2, "_fused_sgd": 2}
@@ -63,11 +62,10 @@ class Launches(TorchDispatchMode):
         self.counts[self.parts[-1]] += 1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        returns, name, part = func._schema.returns, name_of(func), self.parts[-1]
-        view = bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+        name, part = name_of(func), self.parts[-1]
         # Gradients are copied because a recorded graph holds them here, which a real one does not.
         nothing = ("empty", "new_empty", *(("copy", "clone") if part == "backward" else ()))
-        if not view and func.namespace == "aten" and not name.startswith(nothing):
+        if not is_view(func) and func.namespace == "aten" and not name.startswith(nothing):
             self.counts[part] += SEVERAL.get(name, 1)
         return func(*args, **(kwargs or {}))
 
@@ -166,11 +164,10 @@ def main(argv: list[str] | None = None) -> int:
             "own kernels": dict(own),
             "own kernels, --compile": dict(compiled(options, own)),
         }
-    record = {
+    record: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "command": recorded_command("benchmarks/launches.py", sys.argv[1:] if argv is None else argv),
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        "commit": git_commit(),
+        "environment": environment(torch.device("cpu")),
         "launches": results,
     }
     args.output.mkdir(parents=True, exist_ok=True)
@@ -178,7 +175,7 @@ def main(argv: list[str] | None = None) -> int:
     write_result(stem.with_suffix(".json"), record)
     page = (
         f"# Launches of a captured training step\n\n{record['date']}, torch {torch.__version__}, commit "
-        f"{record['commit']}:\n\n```sh\n{record['command']}\n```\n\n"
+        f"{record['environment']['commit']}:\n\n```sh\n{record['command']}\n```\n\n"
         "Counted without a GPU, not measured on one; how is said in the script. With `--compile` the network's row\n"
         "holds loss, figures and SpA-Reg as well.\n\n"
         f"{table(results)}\n"

@@ -250,10 +250,10 @@ class SpAProj(Optimizer):
         if direction.grad.is_sparse:
             projected = self.classifier.as_stored(projected_CD)
             direction.grad.copy_(projected.sparse_mask(direction.grad.coalesce()))
-        elif by_rows and not in_place:
-            self.classifier.as_rows(part(direction.grad)).copy_(projected_CD)
         elif not by_rows:
             direction.grad.copy_(distributed.shard_like(self.classifier.as_stored(projected_CD), direction.grad))
+        elif not in_place:
+            self.classifier.as_rows(part(direction.grad)).copy_(projected_CD)
         if magnitude is not None and magnitude.grad is not None and self.radial == "paper":
             # Weight norm keeps the part of the gradient along the row in a leaf of its own.
             directed_C1 = self.tracker.directions().any(1, keepdim=True)

@@ -32,6 +32,12 @@ def name_of(func: Any) -> str:
     return name.rstrip("_")
 
 
+def is_view(func: Any) -> bool:
+    """Return whether an operation only looks at memory that is there, so that a GPU launches nothing for it."""
+    returns = func._schema.returns
+    return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+
+
 def host_reads(func: Any, args: Any) -> list[str]:
     """Return what an operation reads on the host, which on a GPU means to wait for it: at most one reason."""
     name = name_of(func)

@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 
 import pytest
 import torch
-from operations import host_reads, name_of
+from operations import host_reads, is_view, name_of
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -395,7 +395,7 @@ class Graph:
             self._save(tensor)
         out = func(*args, **kwargs)
         returns = func._schema.returns
-        if not returns or any(r.alias_info is None or r.alias_info.is_write for r in returns):  # but not views
+        if not is_view(func):
             self._calls.append((func, args, kwargs, out))
         for r, tensor in zip(returns, out if isinstance(out, (tuple, list)) else [out], strict=False):
             if r.alias_info is None:

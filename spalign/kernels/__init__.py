@@ -233,11 +233,11 @@ def update_class_means_(
     soft = targets.is_floating_point()
     # What the means move by: in the row of a class's first sample, or of the class.
     delta = mean_CD.new_empty(num_classes if soft else num_samples, dim)
-    moved = delta.new_empty(len(delta), dtype=torch.int8)
+    owner = delta.new_empty(len(delta), dtype=torch.int8)  # whether the row holds any
     rate = delta.new_empty(targets.shape)
     class_N = None if soft else targets.new_empty(num_samples, dtype=torch.int64)
     # As Triton takes them: no numbers of numpy, no integers of more than 64 bits.
-    keep = 0.0 if momentum is None else float(momentum)
+    weight_of_new = float(momentum or 0.0)
     ignore_index = int(ignore_index) if 0 <= ignore_index < num_classes else -1
     how: dict[str, Any] = {"CUMULATIVE": momentum is None, "BLOCK_R": _tile(block), "BLOCK_D": block}
     how["num_warps"] = _warps(block, 4)
@@ -257,10 +257,12 @@ def update_class_means_(
                 BLOCK_D=block,
                 num_warps=_warps(max(block, block_c)),
             )
-            state = (mean_CD, weight_C, delta, moved, rate, features)
-            code.move_soft_means[(num_classes,)](*state, *features.stride(), num_samples, num_classes, dim, keep, **how)
+            state = (mean_CD, weight_C, delta, owner, rate, features)
+            code.move_soft_means[(num_classes,)](
+                *state, *features.stride(), num_samples, num_classes, dim, weight_of_new, **how
+            )
         else:
-            arguments = (mean_CD, weight_C, delta, moved, rate, class_N, features, targets)
+            arguments = (mean_CD, weight_C, delta, owner, rate, class_N, features, targets)
             code.move_means[(num_samples,)](
                 *arguments,
                 *features.stride(),
@@ -268,13 +270,13 @@ def update_class_means_(
                 num_classes,
                 dim,
                 ignore_index,
-                keep,
+                weight_of_new,
                 BLOCK_N=_block(num_samples),
                 **how,
             )
         if mean_sum_D is not None:
             code.add_deltas[_blocks(dim, 64)](
-                mean_sum_D, delta, moved, len(delta), dim, BLOCK_R=32, BLOCK_D=64, num_warps=4
+                mean_sum_D, delta, owner, len(delta), dim, BLOCK_R=32, BLOCK_D=64, num_warps=4
             )
     for written in (mean_CD, weight_C):
         if not written.is_inference():  # autograd has not seen it

@@ -71,7 +71,8 @@ def assert_equal_to_eager(data_dir: Path, tmp_path: Path, *options: str) -> None
     # The first epoch's mean loss: rounding of a fused optimizer, before chaos amplifies it.
     first = [run.folder / "metrics.jsonl" for run in (eager, captured)]
     losses = [float(path.read_text().split('"loss": ')[1].split(",")[0]) for path in first]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+    # GLMC starts chaotic: with PyTorch 2.6, 1e-7 in lambda shows in the third digit before the epoch is over.
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2 if "glmc" in options else 2e-3)
     for a, b in zip(eager.alignment.tracker.buffers(), captured.alignment.tracker.buffers(), strict=True):
         assert torch.isfinite(b).all()
         assert a.shape == b.shape
