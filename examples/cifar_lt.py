@@ -90,6 +90,9 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--channels-last", action=argparse.BooleanOptionalAction, help="memory layout of the network")
     run.add_argument("--compile", action="store_true", help="compile the network, and on a GPU the step")
     run.add_argument("--capture", action=argparse.BooleanOptionalAction, default=False, help="replay a CUDA graph")
+    run.add_argument(
+        "--evaluate-every", type=int, default=1, metavar="K", help="epochs; the best epoch is one of those evaluated"
+    )
     run.add_argument("--clip-norm", type=float, default=0.0, metavar="NORM", help="clip gradients to this norm")
     run.add_argument("--accumulate", type=int, default=1, metavar="K", help="split each batch into K micro-batches")
     run.add_argument("--output-dir", type=Path, help="default runs/NAME, named after dataset, recipe and strategies")
@@ -144,6 +147,7 @@ def settings_from(args: argparse.Namespace) -> Settings:
         amp=args.amp,
         compile=args.compile,
         capture=args.capture,
+        evaluate_every=args.evaluate_every,
         device=args.device,
         threads=args.threads,
         resume=args.resume,

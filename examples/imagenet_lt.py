@@ -79,6 +79,9 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--channels-last", action=argparse.BooleanOptionalAction, default=True)
     run.add_argument("--compile", action="store_true", help="compile the backbone with torch.compile")
     run.add_argument("--deterministic", action="store_true", help="only algorithms that repeat themselves exactly")
+    run.add_argument(
+        "--evaluate-every", type=int, default=1, metavar="K", help="epochs; the best epoch is one of those evaluated"
+    )
     run.add_argument("--clip-norm", type=float, default=0.0, metavar="NORM", help="clip gradients to this norm")
     run.add_argument("--accumulate", type=int, default=1, metavar="K", help="micro-batches of each rank per step")
     run.add_argument("--sync-bn", action="store_true", help="batch normalisation over all ranks")

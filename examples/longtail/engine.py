@@ -27,6 +27,9 @@ from .reporting import closing_table
 from .settings import Settings, check_same, torch_device
 from .training import Run
 
+# Small enough for a CPU's cache, large enough to keep a GPU busy.
+EVAL_BATCH = {"cpu": 500, "cuda": 2500}
+
 
 class Trainer(Run):
     """One run of one baseline with any of the strategies.
@@ -79,7 +82,7 @@ class Trainer(Run):
             milestones=recipe.milestones,
             **sgd,
         )
-        self.make_batch, self.share_of_loss = self._make_batch, self._share_of_loss
+        self.make_batch, self.share_of_loss, self.predict = self._make_batch, self._share_of_loss, baseline.predict
         if settings.compile and device.type == "cuda":
             self.compile()  # of hundreds of small kernels; a CPU has none to merge
         self.generator = torch.Generator().manual_seed(settings.seed)
@@ -97,7 +100,7 @@ class Trainer(Run):
         )
 
     def compile(self) -> None:
-        """Have torch.compile write the kernels of batch, loss and figures, and of the backward pass.
+        """Have torch.compile write the kernels of batch, loss and figures, of the backward pass, and of evaluation.
 
         The smaller batch at an epoch's end gets code of its own, because sizes known in advance make faster kernels.
         Small kernels that do not wait for each other, such as the ends of sums, become one: a step has many, and to
@@ -106,6 +109,7 @@ class Trainer(Run):
         options: dict[str, Any] = {"combo_kernels": True} if torch.__version__ >= "2.9" else {}  # a trial before
         self.make_batch = torch.compile(self._make_batch, dynamic=False, options=options)
         self.share_of_loss = torch.compile(self._share_of_loss, dynamic=False, options=options)
+        self.predict = torch.compile(self.baseline.predict, dynamic=False, options=options)
 
     # --- training -----------------------------------------------------------------------------------------------------
 
@@ -189,10 +193,11 @@ class Trainer(Run):
 
     def _predictions(self, images: ImageSet) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield logits (N, C), features (N, D) and labels (N,) of images without augmentation."""
-        # Small enough for a CPU's cache, large enough to keep a GPU busy.
-        batch_size = 500 if self.device.type == "cpu" else 2500
+        batch_size = EVAL_BATCH.get(self.device.type, EVAL_BATCH["cuda"])
         for index_N in torch.arange(len(images), device=self.device).split(batch_size):
-            yield *self.baseline.predict(images.plain(index_N)), images.labels_N[index_N]
+            # One smaller batch is not worth compiling for.
+            predict = self.predict if len(index_N) == batch_size else self.baseline.predict
+            yield *predict(images.plain(index_N)), images.labels_N[index_N]
 
     # --- checkpoints and result ---------------------------------------------------------------------------------------
 

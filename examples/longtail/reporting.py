@@ -103,11 +103,11 @@ class Reporter:
                 if isinstance(value, int | float) and name != "epoch":
                     self._writer.add_scalar(name, value, record["epoch"])
             self._writer.flush()
-        accuracy, alignment = record["accuracy"], record["alignment"]
+        accuracy = f"accuracy {row(record['accuracy'], '.2f')}  " if "accuracy" in record else ""
         self.note(
             f"epoch {record['epoch']:3d}/{self.epochs}  loss {record['loss']:.4f}  "
-            f"train {record['train_accuracy']:5.2f}  accuracy {row(accuracy, '.2f')}  "
-            f"alignment {row(alignment, '.3f')}  {record['seconds']:.1f} s"
+            f"train {record['train_accuracy']:5.2f}  {accuracy}"
+            f"alignment {row(record['alignment'], '.3f')}  {record['seconds']:.1f} s"
         )
 
     def note(self, text: str) -> None:

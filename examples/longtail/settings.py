@@ -56,6 +56,7 @@ class Settings:
         amp: `off`, `bf16` or `fp16`.
         compile: compile the network, and on a GPU all of the step but the optimizer.
         capture: replay the training step as a CUDA graph.
+        evaluate_every: evaluate after every so many epochs, and after the last; the best epoch is one of these.
         device: `auto`, `cpu`, `cuda` or `cuda:1`.
         threads: of the CPU; None leaves PyTorch's choice.
         data_dir, output_dir: where the archive is and where results go.
@@ -85,6 +86,7 @@ class Settings:
     amp: str = "off"
     compile: bool = False
     capture: bool = False
+    evaluate_every: int = 1
     device: str = "auto"
     threads: int | None = None
     resume: bool = False
@@ -197,6 +199,7 @@ def check_run(settings: Settings | ImageNetSettings, schedules: Sequence[str]) -
     good = 1 <= settings.accumulate <= recipe.batch_size
     check("accumulate", settings.accumulate, good, f"1 to the batch size, {recipe.batch_size}")
     check("amp", settings.amp, settings.amp in ("off", "bf16", "fp16"), "off, bf16 or fp16")
+    check("evaluate-every", settings.evaluate_every, settings.evaluate_every >= 1, "1 or more")
     check("threads", settings.threads, settings.threads is None or settings.threads >= 1, "1 or more")
     stop = settings.stop_after_epochs
     check("stop-after-epochs", stop, stop is None or stop >= 1, "1 or more")

@@ -231,7 +231,7 @@ class Run(ABC):
         }
 
     def _end_epoch(self, figures: Mapping[str, Any], began: float) -> None:
-        """Let strategies and baseline act, evaluate, and write the epoch's record.
+        """Let strategies and baseline act, evaluate where this epoch's turn has come, and write the epoch's record.
 
         Args:
             figures: of the epoch's training.
@@ -239,12 +239,14 @@ class Run(ABC):
         """
         self.alignment.end_epoch()
         self.baseline.end_epoch()
-        record: dict[str, Any] = {"epoch": self.epoch + 1, **figures, **self._evaluate()}
+        record: dict[str, Any] = {"epoch": self.epoch + 1, **figures}
+        if self._last_epoch or (self.epoch + 1) % self.settings.evaluate_every == 0:
+            record |= self._evaluate()
         record["alignment"] = self._alignment_figures()
         record["alpha"] = self.alignment.alpha
         self.epoch, self.step = self.epoch + 1, 0
         self.totals.zero_()
-        if record["accuracy"]["balanced"] > self.best.get("balanced", -1.0):
+        if "accuracy" in record and record["accuracy"]["balanced"] > self.best.get("balanced", -1.0):
             self.best = {name: record["accuracy"][name] for name in ("all", "balanced")} | {"epoch": self.epoch}
         record["seconds"] = time.perf_counter() - began
         self.seconds += record["seconds"]
@@ -258,7 +260,7 @@ class Run(ABC):
 
     @abstractmethod
     def _evaluate(self) -> dict[str, Any]:
-        """Return what the record says of the network after an epoch, `accuracy` among it."""
+        """Return what the record says of the network after an epoch that is evaluated, `accuracy` among it."""
 
     @torch.no_grad()
     def _accuracy(

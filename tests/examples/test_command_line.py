@@ -34,6 +34,7 @@ Options = Callable[..., list[str]]
         ("--subset-seed -1", "--subset-seed is -1"),
         ("--device abacus", "device is 'abacus'"),
         ("--stop-after-epochs 0", "--stop-after-epochs is 0"),
+        ("--evaluate-every 0", "--evaluate-every is 0"),
         ("--spareg inf", "--spareg is inf"),
         ("--alpha-max 2", "--alpha-max is 2.0"),
         ("--threshold 2", "--threshold is 2.0"),

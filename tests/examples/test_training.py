@@ -116,6 +116,23 @@ def test_closing_figures_are_exact(tiny_options: Options, tmp_path: Path) -> Non
     assert result["train_accuracy"] == pytest.approx(100 * float(correct), abs=1e-4)
 
 
+def test_evaluation_may_be_rarer_and_changes_nothing_else(tiny_options: Options, tmp_path: Path) -> None:
+    """Every second epoch and the last; the best is one of these, also over an interruption."""
+    run(tiny_options("each", "--epochs", "5"))
+    rare = tiny_options("rare", "--epochs", "5", "--evaluate-every", "2")
+    run([*rare, "--stop-after-epochs", "3"])
+    run([*rare, "--resume"])
+    each, some = records(tmp_path / "each"), records(tmp_path / "rare")
+    assert [record["epoch"] for record in some if "accuracy" in record] == [2, 4, 5]
+    for one, other in zip(each, some, strict=True):
+        assert {**one, "seconds": 0} == {**one, **other, "seconds": 0}
+    result = json.loads((tmp_path / "rare" / "result.json").read_text())
+    best = max((some[1], some[3], some[4]), key=lambda record: record["accuracy"]["balanced"])
+    assert (result["accuracy_best"]["epoch"], result["accuracy_last"]) == (best["epoch"], some[4]["accuracy"])
+    with pytest.raises(ValueError, match=r"--evaluate-every 1 \(was 2\)"):
+        trainer(tiny_options("rare", "--epochs", "5", "--resume"))
+
+
 def test_tensorboard_has_every_epoch(tiny_options: Options, tmp_path: Path) -> None:
     reader: Any = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
     argv = [option for option in tiny_options("run") if option != "--no-tensorboard"]

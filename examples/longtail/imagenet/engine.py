@@ -317,14 +317,16 @@ class Trainer(Run):
         save_sharded(folder, self.world, self.spread.module, self.optimizer, self._state(), keep=keep)
 
     def _resume(self, path: Path) -> str:
-        state = read_state(path, self.device)
-        check_same(self.outcome, state["options"])
+        settings, state = self.settings, read_state(path, self.device)
+        # Checkpoints of before an option existed were made with its default.
+        defaults = ImageNetSettings(settings.recipe_name, settings.recipe, settings.output_dir).outcome()
+        check_same(self.outcome, {**defaults, **state["options"]})
         self._load_state(state)
         load_sharded(path, self.spread.module, self.optimizer)
         self.step, self.epoch_seconds, self.waited = state["step"], state["epoch_seconds"], state["waited"]
         if self.world.first:  # the sum over ranks
             self.totals.copy_(state["totals"])
-        return f"resuming after epoch {self.epoch} of {self.settings.recipe.epochs}, step {self.step}"
+        return f"resuming after epoch {self.epoch} of {settings.recipe.epochs}, step {self.step}"
 
     def _result(self) -> dict[str, Any]:
         settings, record = self.settings, self.record

@@ -60,6 +60,7 @@ class ImageNetSettings:
         fsdp: shard parameters, gradients and optimizer state over the ranks.
         compile: compile the backbone.
         deterministic: only algorithms that repeat themselves to the last bit.
+        evaluate_every: evaluate after every so many epochs, and after the last; the best epoch is one of these.
         device: `auto`, `cpu` or `cuda`; each rank takes its own.
         threads, workers: CPU threads and loader processes of each rank.
         output_dir: where results go.
@@ -96,6 +97,7 @@ class ImageNetSettings:
     fsdp: bool = False
     compile: bool = False
     deterministic: bool = False
+    evaluate_every: int = 1
     device: str = "auto"
     threads: int | None = None
     workers: int = 8
