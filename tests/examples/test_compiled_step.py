@@ -13,7 +13,9 @@ from pathlib import Path
 import cifar_lt
 import pytest
 import torch
+from longtail import engine
 from longtail.engine import Trainer
+from longtail.reporting import flatten
 
 pytest.importorskip("triton", reason="Inductor writes Triton kernels for a GPU")
 if torch.version.cuda is None or not hasattr(torch._C, "_ensureCUDADeviceGuardSet"):
@@ -67,6 +69,33 @@ def test_the_step_compiles_for_a_gpu_and_trains_alike(
         # Sums are added in another order, and two epochs carry that on: with 24 bits, and with the 8 of bfloat16.
         tolerance = 0.1 if "bf16" in options else 1e-4
         assert compiled.record[name] == pytest.approx(eager.record[name], rel=tolerance)
+
+
+def evaluate(trainer: Trainer) -> dict[str, float]:
+    return {name: value for name, value in flatten(trainer._evaluate()) if value is not None}
+
+
+@pytest.mark.parametrize("method", ["ce", "etf-dr", "glmc"])
+def test_evaluation_compiles_for_a_gpu_and_says_the_same(
+    method: str, tiny_options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One graph for all epochs, training images and test images; what is left at the end runs as it is written."""
+    monkeypatch.setitem(engine.EVAL_BATCH, "cpu", 32)
+    options = ("--method", method, "--epochs", "1", "--warmup-epochs", "0")
+    trainer, plain = (train(tiny_options(name, *options), compiled=False, epochs=0) for name in ("one", "other"))
+    assert all(len(images) % 32 for images in (trainer.eval_set, trainer.train_set)), "something is left"
+    with cuda_code() as codes:
+        trainer.compile()
+        figures = [evaluate(trainer) for _ in range(2)]
+    (code,) = codes
+    convolutions = [module for module in trainer.baseline.model.modules() if isinstance(module, torch.nn.Conv2d)]
+    called = [name for name in code.launches if not name.startswith("triton_")]
+    assert called.count("extern_kernels.convolution") == len(convolutions)
+    assert set(called) <= {"extern_kernels.convolution", "extern_kernels.addmm", "extern_kernels.mm"}
+    # Batch normalisation, ReLU and shortcut are one kernel after each convolution, and the head needs a few.
+    assert len(code.launches) - len(called) <= len(convolutions) + 6
+    for figure in figures:
+        assert figure == pytest.approx(evaluate(plain), rel=1e-4)  # float32, sums in another order
 
 
 def build(codes: list[Code], folder: Path) -> subprocess.CompletedProcess[str]:
