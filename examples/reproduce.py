@@ -31,6 +31,7 @@ import torch
 from longtail.data import find_folder
 from longtail.grid import FAMILIES, PRESETS, SEEDS, SETTINGS, STRATEGIES, Cell, Record, Records, cell_of, cells
 from longtail.runner import GPU_CHECKPOINT_SECONDS, Job, Local, Ray, run_grid, shared_gpu
+from longtail.settings import HOW_STEPS_RUN
 from longtail.table import differences, draw, markdown
 
 RECORDS = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "table1.jsonl"
@@ -113,9 +114,9 @@ def check_options(chosen: Sequence[Cell], records: Sequence[Record], job: Job) -
         if name not in outcomes or "options" not in record:
             continue
         for option, now in outcomes[name].items():
-            # Options that came later had their default then. How a step is executed changes no outcome.
+            # Options that came later had their default then.
             then = record["options"].get(option, now)
-            if option not in ("compile", "capture", "first-stage") and then != now:
+            if option not in (*HOW_STEPS_RUN, "first-stage") and then != now:
                 raise ValueError(
                     f"the run {name} was recorded with --{option} {then} and would now have {now}: keep such runs "
                     "apart with another --records file and another --work-dir, or repeat the original --options"

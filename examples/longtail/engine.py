@@ -41,7 +41,8 @@ class Trainer(Run):
     Checkpoint behaviour: `checkpoint.pt` in the output folder is replaced after every epoch that ends
     `settings.checkpoint_seconds` or more after the last time, and at the end of the call. It holds the model, the
     optimizer, the tracker, SpA-SLERP's count, the gradient scaler, both generators, the best epoch and the last record.
-    On the CPU a resumed run continues bit for bit, at an equal number of threads.
+    On the CPU a resumed run continues bit for bit, at an equal number of threads. Device, `compile` and `capture` may
+    change from call to call; the run is then the same but for rounding.
 
     Raises:
         ValueError: options, archive or checkpoint do not fit.
@@ -73,14 +74,14 @@ class Trainer(Run):
         torch.manual_seed(settings.seed)
         baseline, self.batches = build(settings, self.train_set, self.data.counts)
         # Read on the device where the step is captured; only the fused optimizer does that.
-        sgd: dict[str, Any] = {"lr": torch.tensor(recipe.lr, device=device), "fused": True} if capture else {}
+        self.sgd = {"lr": torch.tensor(recipe.lr, device=device) if capture else recipe.lr, "fused": capture or None}
         self._set_up(
             baseline,
             self.data.counts,
             self.data.groups,
             self.batches.steps_per_epoch,
             milestones=recipe.milestones,
-            **sgd,
+            **self.sgd,
         )
         self.make_batch, self.share_of_loss, self.predict = self._make_batch, self._share_of_loss, baseline.predict
         if settings.compile and device.type == "cuda":
@@ -227,6 +228,8 @@ class Trainer(Run):
         self._load_state(state)
         self.baseline.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:
+            group.update(self.sgd)
         self.generator.set_state(state["generator"].cpu())
         torch.set_rng_state(state["torch_generator"].cpu())
         if state["cuda_generator"] is not None and self.device.type == "cuda":

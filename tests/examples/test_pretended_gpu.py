@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +169,27 @@ def test_a_resumed_run_is_the_whole_run(
     states = [run.baseline.model.state_dict() | run.alignment.state_dict()["tracker"] for run in (whole, resumed)]
     for name, value in states[0].items():
         assert torch.equal(states[1][name], value), name
+
+
+CPU, CAPTURED = ("--device", "cpu"), ("--device", "cuda", "--capture")
+
+
+@pytest.mark.parametrize("ways", [(CPU, CAPTURED), (CAPTURED, CPU)], ids=["begun-on-the-cpu", "begun-captured"])
+def test_a_run_goes_on_in_another_way(
+    ways: Sequence[Sequence[str]], tiny_options: Options, tmp_path: Path, gpu: PretendedGpu
+) -> None:
+    argv = tiny_options("parts", *ALIGNED)
+    whole = train(argv, "--output-dir", str(tmp_path / "whole"))
+    train(argv, *ways[0], "--stop-after-epochs", "1")
+    resumed = train(argv, *ways[1], "--resume")
+    for group in resumed.optimizer.param_groups:
+        assert isinstance(group["lr"], torch.Tensor) == (ways[1] is CAPTURED)
+    assert resumed.epoch == 3
+    assert resumed.record["loss"] == pytest.approx(whole.record["loss"], rel=1e-4)
+    weights = [list(run.baseline.model.state_dict().values()) for run in (whole, resumed)]
+    for a, b in zip(*weights, strict=True):
+        # Other kernels and rates in float32, which three epochs at a rate of 0.1 carry on.
+        torch.testing.assert_close(a, b.cpu(), rtol=1e-2, atol=1e-3)
 
 
 def test_the_second_stage_takes_its_network_to_the_device(
