@@ -192,6 +192,20 @@ HEADS: dict[str, Callable[[Tensor], Head]] = {
 """Every kind of trainable classifier of the design contract (a DTensor weight is in distributed/rank_parts.py)."""
 
 
+def head_on(
+    device: torch.device | str, kind: str, num_classes: int, dim: int
+) -> tuple[ClassifierLike, list[nn.Parameter]]:
+    """Return a float32 classifier of one of :data:`HEADS` on a device, and its parameters there."""
+    head = HEADS[kind](make_problem(1, num_classes=num_classes, dim=dim).w.float())
+    classifier = head.classifier
+    if isinstance(classifier, Tensor):
+        moved = nn.Parameter(classifier.detach().to(device))
+        return moved, [moved]
+    module = classifier.module if isinstance(classifier, spalign.Classifier) else classifier
+    assert isinstance(module, nn.Module)
+    return classifier, list(module.to(device).parameters())
+
+
 class WithBuffer(nn.Module):
     """A fixed classifier in a buffer."""
 

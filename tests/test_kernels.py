@@ -22,7 +22,7 @@ import reference
 import torch
 from operations import is_view
 from pretended_gpu import GPU, PretendedGpu, pretended_gpu, why_kernels_cannot_run
-from problems import HEADS, make_batch, make_problem, state_of, to_bools, to_numpy
+from problems import HEADS, head_on, make_batch, make_problem, state_of, to_bools, to_numpy
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -366,14 +366,7 @@ def test_loss_and_projection_take_few_launches_and_give_what_the_cpu_gives(
     targets, _ = labels(kind, 1, n, c)
     states = []
     for place in ("cpu", "cuda"):
-        made = HEADS[head](make_problem(1, num_classes=c, dim=d).w.float())
-        classifier: Any = made.classifier
-        if isinstance(classifier, Tensor):
-            classifier = nn.Parameter(classifier.detach().to(place))
-            parameters = [classifier]
-        else:
-            module: Any = classifier.module if isinstance(classifier, spalign.Classifier) else classifier
-            parameters = list(module.to(place).parameters())
+        classifier, parameters = head_on(place, head, c, d)
         tracker = spalign.ClassMeanTracker.for_classifier(classifier)
         spareg = spalign.SpARegLoss(classifier, tracker)
         optimizer = spalign.SpAProj(torch.optim.SGD(parameters, lr=0.1), classifier, tracker, gamma=0.3)

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import torch
 from operations import host_reads, name_of
-from problems import HEADS, make_batch, make_problem
-from torch import Tensor, nn
+from problems import HEADS, head_on, make_batch, make_problem
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import spalign
@@ -54,21 +54,6 @@ def batch(device: str, kind: str) -> tuple[Tensor, Tensor]:
     return h.to(device), targets.to(device)
 
 
-def on(device: str, kind: str = "linear") -> tuple[Any, list[nn.Parameter]]:
-    """Return a classifier of some kind on a device, and its parameters."""
-    head = HEADS[kind](make_problem(1, num_classes=C, dim=D).w.float())
-    classifier = head.classifier
-    if device == "cpu":
-        return classifier, head.parameters
-    if isinstance(classifier, Tensor):
-        p = nn.Parameter(classifier.detach().to(device))
-        return p, [p]
-    module = classifier.module if isinstance(classifier, spalign.Classifier) else classifier
-    assert isinstance(module, nn.Module)
-    module.to(device)
-    return classifier, list(module.parameters())
-
-
 def update(device: str, kind: str) -> None:
     tracker = spalign.ClassMeanTracker(C, D, device=device)
     for _ in range(2):
@@ -87,7 +72,7 @@ def forward(device: str, kind: str) -> None:
 
 
 def loss(device: str, kind: str) -> None:
-    classifier, _ = on(device)
+    classifier, _ = head_on(device, "linear", C, D)
     for align in ("both", "classifier", "features"):
         spareg = spalign.SpARegLoss(classifier, align=align)
         for _ in range(2):
@@ -98,7 +83,7 @@ def loss(device: str, kind: str) -> None:
 
 
 def rotation(device: str, head: str) -> None:
-    classifier, _ = on(device, head)
+    classifier, _ = head_on(device, head, C, D)
     tracker = spalign.ClassMeanTracker.for_classifier(classifier)
     tracker.update(*batch(device, "hard"))
     slerp = spalign.SpASlerp(classifier, tracker, total_steps=2, alpha_max=0.5, threshold=0.9)
@@ -108,7 +93,7 @@ def rotation(device: str, head: str) -> None:
 
 def projection(device: str, head: str) -> None:
     for radial in ("paper", "keep"):
-        classifier, parameters = on(device, head)
+        classifier, parameters = head_on(device, head, C, D)
         tracker = spalign.ClassMeanTracker.for_classifier(classifier)
         tracker.update(*batch(device, "hard"))
         inner = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)

@@ -74,7 +74,8 @@ class Trainer(Run):
         torch.manual_seed(settings.seed)
         baseline, self.batches = build(settings, self.train_set, self.data.counts)
         # Read on the device where the step is captured; only the fused optimizer does that.
-        self.sgd = {"lr": torch.tensor(recipe.lr, device=device) if capture else recipe.lr, "fused": capture or None}
+        lr = torch.tensor(recipe.lr, device=device) if capture else recipe.lr
+        self.sgd: dict[str, Any] = {"lr": lr, "fused": capture or None}
         self._set_up(
             baseline,
             self.data.counts,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from problems import HEADS, make_batch, make_problem, same_state, state_of
+from problems import HEADS, head_on, make_batch, make_problem, same_state, state_of
 from torch import Tensor, nn
 
 import spalign
@@ -92,14 +92,7 @@ def test_a_full_step_never_waits_for_the_device(no_sync: Callable[[], None]) -> 
 @pytest.mark.parametrize("kind", HEADS)
 def test_rotation_and_projection_of_every_head_never_wait(kind: str, no_sync: Callable[[], None]) -> None:
     """Pitfall D1."""
-    cpu = HEADS[kind](make_problem(1, num_classes=C, dim=D).w.float())
-    classifier: Any = cpu.classifier
-    if isinstance(classifier, Tensor):
-        classifier = nn.Parameter(classifier.detach().to(DEVICE))
-        parameters = [classifier]
-    else:
-        module: Any = classifier.module if isinstance(classifier, spalign.Classifier) else classifier
-        parameters = list(module.to(DEVICE).parameters())
+    classifier, parameters = head_on(DEVICE, kind, C, D)
     tracker = spalign.ClassMeanTracker.for_classifier(classifier)
     h, y = make_batch(1, N, C, D)
     tracker.update(h.to(DEVICE), y.to(DEVICE))
