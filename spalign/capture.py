@@ -79,7 +79,8 @@ class FeatureCapture:
         if not self._pending:
             raise RuntimeError(
                 "no features were captured since the last read: run one forward pass in training mode with gradients "
-                "enabled first; if there was one, the model was compiled and called before this hook was attached "
+                "enabled first (in evaluation nothing is recorded: leave the term out there); if there was one, the "
+                "model was compiled and called before this hook was attached "
                 "(attach before the first compiled call), its classifier runs inside checkpoint(use_reentrant=True), "
                 "whose first run has no gradients, or it is called through another module"
             )

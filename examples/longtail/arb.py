@@ -1,8 +1,8 @@
 """Baseline ARB: cross-entropy against the class prior, which is Balanced Softmax.
 
-`-log(e^{z_y} / sum_j (n_j / n_y) e^{z_j})` is the cross-entropy of `z + log n`. As published for CIFAR, n counts the
-classes of the batch, so classes that are absent from it are not pushed away; the method itself, and the published
-ImageNet runs, count the training set.
+`-log(e^{z_y} / sum_j (n_j / n_y) e^{z_j})` is the cross-entropy of `z + log n`. The method counts the training set, as
+the published ImageNet runs do and one of the two published CIFAR configurations; in the other n counts the classes of
+the batch, so that classes absent from it are not pushed away.
 
 Shapes: N images of a batch, C classes.
 """
@@ -43,7 +43,7 @@ class AttractionRepulsionBalanced(CrossEntropy):
 
     Args:
         model: the network, on its device.
-        counts: training images per class, or None to count each batch, as the published CIFAR runs do.
+        counts: training images per class, or None to count each batch, as one published configuration does.
         clamp: as published 30; 0 for no limit.
     """
 

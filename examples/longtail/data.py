@@ -22,7 +22,7 @@ import numpy.typing as npt
 Images = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.int64]
 
-MEAN = (0.4914, 0.4822, 0.4465)  # the published codes use these for both CIFAR sets
+MEAN = (0.4914, 0.4822, 0.4465)  # of both CIFAR sets in the published codes but GLMC's
 STD = (0.2023, 0.1994, 0.2010)
 
 

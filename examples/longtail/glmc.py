@@ -70,15 +70,18 @@ class GlmcNet(nn.Module):
         self.prediction = nn.Linear(agreement_dim, agreement_dim)
 
 
-def cut_mask(size: int, share: Tensor, row: Tensor, column: Tensor) -> Tensor:
+def cut_mask(size: int, share: Tensor, row: Tensor, column: Tensor, *, even: bool = False) -> Tensor:
     """Return where CutMix pastes, (R, R) bool: a box of side `ceil(R sqrt(1 - share))`, clipped to the image.
 
     Args:
         size: R.
         share: lambda, one float.
         row, column: the middle of the box, one int64 each.
+        even: odd sides are one shorter, as in published code, which goes half a side either way.
     """
     side = (size * (1.0 - share).sqrt()).ceil().long()
+    if even:
+        side = side // 2 * 2
     place_R = torch.arange(size, device=share.device)
 
     def within(middle: Tensor) -> Tensor:
@@ -130,12 +133,12 @@ def mix_pairs(pairs: Pairs, num_classes: int, share: Tensor, middle_2: Tensor, *
         num_classes: C.
         share: lambda, one float.
         middle_2: row and column of the middle of CutMix's box, two int64.
-        unadjusted: label the second look by lambda even where its box was clipped, as published code does.
+        unadjusted: label the second look by lambda, whatever was pasted of its even box, as published code does.
     """
     own_NC, other_NC = (F.one_hot(labels_N, num_classes).float() for labels_N in (pairs.own, pairs.other))
     mixed_N3RR = torch.lerp(pairs.other_mixup, pairs.own_mixup, share)
     row, column = middle_2.view(2, 1)
-    pasted_RR = cut_mask(mixed_N3RR.shape[-1], share, row, column)
+    pasted_RR = cut_mask(mixed_N3RR.shape[-1], share, row, column, even=unadjusted)
     cut_N3RR = torch.where(pasted_RR, pairs.other_cutmix, pairs.own_cutmix)
     cut_share = share if unadjusted else 1.0 - pasted_RR.float().mean()
     second = Batch(cut_N3RR, torch.lerp(other_NC, own_NC, cut_share))

@@ -12,11 +12,11 @@ def add_method_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--class-counts",
         choices=("batch", "global", "none"),
-        help="arb (default global; published for CIFAR: batch), etf-dr (default batch): what the loss is balanced by",
+        help="arb (default global; published: both), etf-dr (default batch): what the loss is balanced by",
     )
     group.add_argument("--clamp-logits", type=float, default=0.0, metavar="Z", help="arb: published 30; 0 for none")
     group.add_argument(
-        "--unadjusted-cutmix", action="store_true", help="glmc: label by lambda where the box was clipped, as published"
+        "--unadjusted-cutmix", action="store_true", help="glmc: label by lambda, not by what was pasted, as published"
     )
     group.add_argument("--resample", type=float, metavar="R", help="glmc: loader B draws class c by n_c^(1 - R)")
     group.add_argument("--label-weighting", type=float, metavar="L", help="glmc: class weights go by n_c^-L")

@@ -51,7 +51,8 @@ RECIPES = {
     "arb": Recipe(milestones=((160, 0.1), (240, 0.01))),
     # GLMC, both CIFAR sets: four times as wide, no warm-up, strong weight decay.
     "glmc": Recipe(width=4, batch_size=64, lr=0.01, weight_decay=5e-3, warmup_epochs=0, schedule="epoch-cosine"),
-    # MaxNorm's second stage, on GLMC's network.
+    # MaxNorm's second stage, on GLMC's network. Published, it begins with the first stage's best epoch on the test set,
+    # and its rate is one epoch ahead, so that the last epoch's is 0.
     "maxnorm": Recipe(
         width=4, epochs=10, batch_size=64, lr=0.01, weight_decay=0.1, warmup_epochs=0, schedule="epoch-cosine"
     ),

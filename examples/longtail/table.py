@@ -141,8 +141,12 @@ What the published comparison hides (the sources are the released codes):
 - The copied GLMC numbers at 100 and 50 come from training sets drawn with replacement, a quarter of them duplicates.
   Fixed, plain GLMC reports 88.5, 91.0 (CIFAR-10) and 58.0, 63.8 (CIFAR-100): what the paper reports for GLMC with
   alignment.
-- "ResNet-32" is three networks: 16-32-64 planes (CE and ARB as published, ETF-DR on CIFAR-10), twice (ETF-DR on
-  CIFAR-100, which needs 99 dimensions) and four times that (GLMC).
+- "ResNet-32" is three networks: 16-32-64 planes (ARB, ETF-DR on CIFAR-10), twice (ETF-DR on CIFAR-100, which needs 99
+  dimensions) and four times that (GLMC). Which the paper's CE is, with or without mixup, is not said. In the preset
+  `full` CE is trained as ETF-DR is, with mixup and on CIFAR-100 at double width, ARB without mixup at single width: CE
+  and ARB differ in more than their loss. In `small`, ETF-DR has mixup and double width, CE and ARB neither.
+- GLMC's published code labels CutMix by lambda, which gives the pasted image half of the label for a third of the
+  pixels; here labels follow the pixels (`--options=--unadjusted-cutmix` for the published ones).
 - lambda, alpha_max, threshold, gamma and momentum of the paper are not public; these runs have this project's defaults.
 """
 
@@ -225,7 +229,11 @@ def differences(records: Sequence[Record], others: Sequence[Record], preset: str
     for title, both in pairs.items():
         columns = [Spread.of([last(record) for record in side]).text() for side in zip(*both, strict=True)]
         for group in ("balanced", "many", "medium", "few"):
-            gain = Spread.of([one["accuracy_last"][group] - other["accuracy_last"][group] for one, other in both])
+            values = [(one["accuracy_last"][group], other["accuracy_last"][group]) for one, other in both]
+            if any(value is None for pair in values for value in pair):  # no class is in the group
+                columns.append("")
+                continue
+            gain = Spread.of([one - other for one, other in values])
             width = gain.confidence()
             columns.append(f"{gain.mean:+.1f}" + ("" if width is None else f" ± {width:.1f}"))
         lines.append(f"| {title} | {len(both)} | " + " | ".join(columns) + " |")
