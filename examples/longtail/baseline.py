@@ -75,6 +75,10 @@ class Baseline(ABC):
     def predict(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return test-time logits (N, C) and `classifier`'s features (N, D) of images (N, 3, R, R)."""
 
+    def other_heads(self) -> dict[str, nn.Module]:
+        """Return, by name, what else reads logits (N, C) off the features, though it does not predict."""
+        return {}
+
     def begin_epoch(self, epoch: int) -> None:
         """Prepare the 0-based `epoch` of training: put the model into training mode, move schedules on."""
         self.model.train()

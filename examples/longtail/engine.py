@@ -6,12 +6,13 @@ Shapes: N images of a batch, S steps of an epoch, C classes, D feature dimension
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 import spalign
 
@@ -23,7 +24,7 @@ from .checkpoint import load_checkpoint, save_checkpoint
 from .data import MEAN, STD, Images, Labels, find_folder, load_dataset
 from .methods import build
 from .parallel import World
-from .reporting import closing_table
+from .reporting import Figures, closing_table
 from .settings import Settings, check_same, torch_device
 from .training import Run
 
@@ -185,13 +186,28 @@ class Trainer(Run):
     # --- evaluation ---------------------------------------------------------------------------------------------------
 
     def _evaluate(self) -> dict[str, Any]:
-        """Return accuracies; after the last epoch also of the training set, and the exact alignment, in one pass."""
+        """Return accuracies; after the last epoch also of the training set, the exact alignment, and other readouts."""
         figures: dict[str, Any] = {"accuracy": self._accuracy(self._predictions(self.eval_set))}
         if self._last_epoch:
             exact = spalign.ClassMeanTracker.for_classifier(self.baseline.classifier, momentum=None)
             figures["clean_train_accuracy"] = self._accuracy(self._predictions(self.train_set), exact)["all"]
             figures["alignment_exact"] = self._alignment_figures(exact)
+            figures["readouts"] = self._readouts(exact.mean)
         return figures
+
+    @torch.no_grad()
+    def _readouts(self, mean_CD: Tensor) -> dict[str, Figures]:
+        """Return the accuracies of nearest class means (C, D) and of heads that do not predict.
+
+        They tell whether it is features or classifier that a method, or a strategy, has improved.
+        """
+        kept = [(features_ND, labels_N) for _, features_ND, labels_N in self._predictions(self.eval_set)]
+
+        def near(features_ND: Tensor) -> Tensor:  # half of what the squared distance lacks to the feature's own length
+            return F.linear(features_ND, mean_CD, -0.5 * mean_CD.square().sum(1))
+
+        readers: dict[str, Callable[[Tensor], Tensor]] = {"nearest class mean": near, **self.baseline.other_heads()}
+        return {name: self._accuracy((read(h_ND), h_ND, y_N) for h_ND, y_N in kept) for name, read in readers.items()}
 
     def _predictions(self, images: ImageSet) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield logits (N, C), features (N, D) and labels (N,) of images without augmentation."""
@@ -245,10 +261,13 @@ class Trainer(Run):
             **super()._result(),
             "train_accuracy": self.record["clean_train_accuracy"],
             "alignment_exact": self.record["alignment_exact"],
+            "readouts": self.record["readouts"],
             "data_fingerprint": self.data.fingerprint,
         }
 
     def _summary(self, result: dict[str, Any]) -> str:
-        rows = [("alignment, exact means", result["alignment_exact"], ".4f")]
+        on = result["evaluated_on"]
+        rows = [(f"{on}, by {name}", figures, ".2f") for name, figures in result["readouts"].items()]
+        rows.append(("alignment, exact means", result["alignment_exact"], ".4f"))
         table = closing_table(result, f"imbalance {result['imbalance']:g}", rows)
         return f"{table}\ntraining accuracy, no augmentation: {result['train_accuracy']:.2f}"

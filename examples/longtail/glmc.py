@@ -270,3 +270,6 @@ class Glmc(Baseline):
     def predict(self, images: Tensor) -> tuple[Tensor, Tensor]:
         features_ND = self.model.backbone(images)
         return self.model.rebalanced(features_ND), features_ND
+
+    def other_heads(self) -> dict[str, nn.Module]:
+        return {"conventional head": self.model.conventional}

@@ -83,3 +83,6 @@ class MaxNorm(Baseline):
     def predict(self, images: Tensor) -> tuple[Tensor, Tensor]:
         features_ND = self.model.backbone(images)
         return self.model.rebalanced(features_ND), features_ND
+
+    def other_heads(self) -> dict[str, nn.Module]:
+        return {"conventional head": self.model.conventional}

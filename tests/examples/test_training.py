@@ -114,6 +114,23 @@ def test_closing_figures_are_exact(tiny_options: Options, tmp_path: Path) -> Non
     # float32 sums over at most 60 images a class
     assert result["alignment_exact"]["all"] == pytest.approx(float(cosines.mean()), abs=1e-4)
     assert result["train_accuracy"] == pytest.approx(100 * float(correct), abs=1e-4)
+    with torch.no_grad():
+        test_features = model.forward_features(trained.eval_set.plain(torch.arange(len(trained.eval_set)))).double()
+    distances = (test_features[:, None] - means).square().sum(2)
+    right = (distances.argmin(1) == trained.eval_set.labels_N).double().mean()
+    assert result["readouts"]["nearest class mean"]["all"] == pytest.approx(100 * float(right), abs=1e-4)
+
+
+def test_glmc_says_what_its_other_head_would_predict(tiny_options: Options) -> None:
+    trained = trainer(tiny_options("run", "--method", "glmc"))
+    result = trained.run()
+    assert result is not None
+    model: Any = trained.baseline.model
+    images = trained.eval_set
+    with torch.no_grad():
+        logits = model.eval().conventional(model.backbone(images.plain(torch.arange(len(images)))))
+    right = (logits.argmax(1) == images.labels_N).double().mean()
+    assert result["readouts"]["conventional head"]["all"] == pytest.approx(100 * float(right), abs=1e-4)
 
 
 def test_evaluation_may_be_rarer_and_changes_nothing_else(tiny_options: Options, tmp_path: Path) -> None:
