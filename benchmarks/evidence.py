@@ -1,14 +1,15 @@
 #!/usr/bin/env python3
 """Run and report the small-preset experiments behind the defaults and `docs/results.md`.
 
-    python benchmarks/evidence.py run tune --data-dir DIR --jobs 2
-    python benchmarks/evidence.py run main zero-error regimes --data-dir DIR
+    python benchmarks/evidence.py run tune --data-dir DIR --records runs/evidence --jobs 2
+    python benchmarks/evidence.py run main zero-error regimes --data-dir DIR --records runs/evidence
     python benchmarks/evidence.py report main
     python benchmarks/evidence.py figure main
 
 Every run is one call of `examples/cifar_lt.py` on one CPU thread, on real CIFAR-100-LT (`--preset small`). A finished
-run is one line of `benchmarks/results/evidence-STAGE.jsonl` and is never repeated; an interrupted one resumes from its
-checkpoint in `--work-dir`. Variants of a stage share data, seeds and recipe, so gains are paired differences.
+run is one line of `evidence-STAGE.jsonl` in `--records` and is never repeated; by default these are the repository's
+own, which are complete. An interrupted run resumes from its checkpoint in `--work-dir`. Variants of a stage share data,
+seeds and recipe, so gains are paired differences.
 
 Stages: `tune` and `regimes` train on 20 epochs and are scored on images held out of the training set; only `main` and
 `zero-error` see the test set.
@@ -120,12 +121,12 @@ def options(stage: Stage, setting: str, variant: str, seed: int) -> list[str]:
     return ["--preset", "small", "--threads", "1", *stage.common, *own, "--seed", str(seed)]
 
 
-def records_path(name: str) -> Path:
-    return RESULTS / f"evidence-{name}.jsonl"
+def records_path(folder: Path, name: str) -> Path:
+    return folder / f"evidence-{name}.jsonl"
 
 
-def read_records(name: str) -> list[dict[str, Any]]:
-    path = records_path(name)
+def read_records(folder: Path, name: str) -> list[dict[str, Any]]:
+    path = records_path(folder, name)
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
@@ -162,14 +163,17 @@ def run_one(name: str, setting: str, variant: str, seed: int, data_dir: Path, wo
     }
 
 
-def run(names: Sequence[str], data_dir: Path, work_dir: Path, jobs: int) -> int:
+def run(names: Sequence[str], data_dir: Path, folder: Path, work_dir: Path, jobs: int) -> int:
     """Run what is missing of the stages, `jobs` at a time, and append one record per finished run."""
     failures = 0
     todo = []
     for name in names:
-        finished = {(r["setting"], r["variant"], r["seed"]) for r in read_records(name)}
-        todo += [(name, *key) for key in STAGES[name].runs() if key not in finished]
-    RESULTS.mkdir(exist_ok=True)
+        finished = {(r["setting"], r["variant"], r["seed"]) for r in read_records(folder, name)}
+        wanted = list(STAGES[name].runs())
+        todo += [(name, *key) for key in wanted if key not in finished]
+        path = records_path(folder, name)
+        print(f"{name}: {len(finished.intersection(wanted))} of {len(wanted)} runs are done already, in {path}")
+    folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(jobs) as pool:
         futures = {pool.submit(run_one, *key, data_dir, work_dir): key for key in todo}
         for number, future in enumerate(as_completed(futures), start=1):
@@ -180,7 +184,7 @@ def run(names: Sequence[str], data_dir: Path, work_dir: Path, jobs: int) -> int:
                 failures += 1
                 print(f"[{number}/{len(todo)}] failed: {error}", file=sys.stderr)
                 continue
-            with records_path(key[0]).open("a") as file:
+            with records_path(folder, key[0]).open("a") as file:
                 file.write(json.dumps(record) + "\n")
             accuracy, alignment = record["accuracy_last"], record["alignment"]["all"]
             print(f"[{number}/{len(todo)}] {key}: {accuracy['balanced']:.2f}, alignment {alignment:.3f}", flush=True)
@@ -194,9 +198,9 @@ def mean_sd(values: Sequence[float], digits: int = 1) -> str:
     return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
-def report(name: str) -> str:
+def report(folder: Path, name: str) -> str:
     """Return the stage's table in Markdown: last epoch first, best beside it, gains paired by seed."""
-    stage, records = STAGES[name], read_records(name)
+    stage, records = STAGES[name], read_records(folder, name)
     baseline = next(iter(stage.variants))
     scored_on = records[0]["evaluated_on"] if records else "nothing yet"
     lines = [
@@ -230,7 +234,7 @@ def report(name: str) -> str:
     return "\n".join(lines)
 
 
-def figure(name: str, path: Path) -> None:
+def figure(folder: Path, name: str, path: Path) -> None:
     """Draw accuracy, training accuracy and alignment by epoch, a line a variant, a band of one deviation over seeds."""
     import matplotlib as mpl
 
@@ -238,7 +242,7 @@ def figure(name: str, path: Path) -> None:
     mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "spalign"})  # text stays text, ids stay the same
     from matplotlib import pyplot as plt
 
-    records = read_records(name)
+    records = read_records(folder, name)
     labels = {
         "accuracy": f"{records[0]['evaluated_on']} accuracy (%)",
         "train_accuracy": "training accuracy (%)",
@@ -265,16 +269,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("action", choices=("run", "report", "figure"))
     parser.add_argument("stages", nargs="+", choices=tuple(STAGES))
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder of the unpacked CIFAR archive")
+    parser.add_argument(
+        "--records", type=Path, default=RESULTS, help="folder of the records (default the repository's)"
+    )
     parser.add_argument("--work-dir", type=Path, default=Path("runs") / "evidence", help="checkpoints of runs")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
     args = parser.parse_args(argv)
     if args.action == "run":
-        return min(run(args.stages, args.data_dir, args.work_dir, args.jobs), 1)
+        return min(run(args.stages, args.data_dir, args.records, args.work_dir, args.jobs), 1)
     for name in args.stages:
         if args.action == "figure":
-            figure(name, ROOT / "docs" / "figures" / f"{name}.svg")
+            figure(args.records, name, ROOT / "docs" / "figures" / f"{name}.svg")
             continue
-        print(f"## {name}\n\n{report(name)}\n")
+        print(f"## {name}\n\n{report(args.records, name)}\n")
     return 0
 
 

@@ -54,6 +54,7 @@ class Row:
         paper_gain: over the paper's own baseline row.
         last, best: accuracy at the last and at the best epoch.
         gain: last-epoch accuracy less the baseline's of the same seed; None for the baseline, or without a common seed.
+        unpaired: seeds of both whose runs differ in length or training images, and so give no gain.
         groups: last-epoch accuracy of many, medium and few.
         train: training accuracy without augmentation.
         alignment: mean cosine of classifier rows and class means.
@@ -65,6 +66,7 @@ class Row:
     last: Spread
     best: Spread
     gain: Spread | None
+    unpaired: list[int]
     groups: dict[str, Spread]
     train: Spread
     alignment: Spread
@@ -96,9 +98,8 @@ def rows_of(records: Sequence[Record], dataset: str, imbalance: int, preset: str
             title = TITLES[method] + SUFFIXES[align]
             paper, paper_base = (paper_value(name, dataset, imbalance) for name in (title, base_title))
             is_base = title == base_title
-            common = (
-                [] if is_base else [seed for seed in sorted(own.keys() & base.keys()) if paired(own[seed], base[seed])]
-            )
+            both = [] if is_base else sorted(own.keys() & base.keys())
+            common = [seed for seed in both if paired(own[seed], base[seed])]
             gains = [last(own[seed]) - last(base[seed]) for seed in common]
             rows.append(
                 Row(
@@ -108,6 +109,7 @@ def rows_of(records: Sequence[Record], dataset: str, imbalance: int, preset: str
                     Spread.of([last(record) for record in own.values()]),
                     Spread.of([record["accuracy_best"]["balanced"] for record in own.values()]),
                     Spread.of(gains) if gains else None,
+                    [seed for seed in both if seed not in common],
                     {
                         group: Spread.of([record["accuracy_last"][group] for record in own.values()])
                         for group in ("many", "medium", "few")
@@ -181,6 +183,13 @@ def markdown(records: Sequence[Record], preset: str) -> str:
             ]
             parts.append("| " + " | ".join(columns) + " |")
         parts.append("")
+        for row in rows:
+            if row.unpaired:
+                seeds = ", ".join(map(str, row.unpaired))
+                parts += [
+                    f"No gain of {row.title}, seeds {seeds}: epochs or training images are not the baseline's.",
+                    "",
+                ]
     failures = failed(records, preset)
     if failures:
         parts += ["Failed runs:", "", *(f"- {cell_of(record).name}: {record['failed']}" for record in failures), ""]

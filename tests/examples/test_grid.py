@@ -758,6 +758,12 @@ def test_gains_only_compare_equal_seeds() -> None:
     assert row.gain.mean == pytest.approx(1.0)
     assert row.gain.count == 1
     assert row.gain.confidence() is None
+    # And equal training images: another archive's subset is another set, which the report says.
+    assert row.unpaired == []
+    records[1]["data_fingerprint"] = "another"
+    text = table.markdown(records, "small")
+    assert table.rows_of(records, "cifar100", 100, "small")[1].gain is None
+    assert "No gain of CE+SpAReg, seeds 0: epochs or training images are not the baseline's." in text
 
 
 def test_report_prints_last_before_best_and_what_is_hidden(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
