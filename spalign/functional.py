@@ -855,9 +855,9 @@ def project_gradient(
 
     With ``d_c = mu_hat_c - <mu_hat_c, w_hat_c> w_hat_c`` and ``p_c = <g_c, d_hat_c>``, the result is
     ``g - (1 - gamma) (<g, w_hat> w_hat + max(p, 0) d_hat)`` for ``radial="paper"``, which is Eq. 20 (gamma scales the
-    radial part too, so row norms nearly freeze), and ``g - (1 - gamma) max(p, 0) d_hat`` for ``radial="keep"``. Eq. 18
-    prints ``<g, w_hat>`` in d_c: that is not tangent and would make the result depend on the loss scale. A row on its
-    mean's direction has no d_hat; its p is 0. A class without a direction keeps its gradient.
+    radial part too: where it is small, row norms nearly freeze), and ``g - (1 - gamma) max(p, 0) d_hat`` for
+    ``radial="keep"``. Eq. 18 prints ``<g, w_hat>`` in d_c: that is not tangent and would make the result depend on the
+    loss scale. A row on its mean's direction has no d_hat; its p is 0. A class without a direction keeps its gradient.
 
     Stateless and positively homogeneous: ``project(s g) = s project(g)`` for s > 0, so it may meet scaled gradients.
     Non-finite rows stay non-finite and do not touch other rows.

@@ -77,8 +77,8 @@ class SpAProj(Optimizer):
             a weight-normed layer the direction's gradient is projected.
         tracker: class means; only read.
         gamma: share of the original gradient that is mixed back in, in [0, 1]; 1 changes nothing.
-        radial: ``"paper"`` scales the part of the gradient along the row by gamma too (Eq. 20), so row norms nearly
-            freeze; ``"keep"`` leaves it alone.
+        radial: ``"paper"`` scales the part of the gradient along the row by gamma too (Eq. 20), so with a small gamma
+            row norms nearly freeze; ``"keep"`` leaves it alone.
 
     Attributes:
         optimizer: the wrapped optimizer.
