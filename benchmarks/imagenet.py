@@ -347,8 +347,6 @@ def main() -> None:
         parser.error(f"--workers is {args.workers}, expected 0 on the CPU: the time of this process alone is measured")
     # A block is a whole turn of the workers and more, or on the CPU one step, and some calls of a part.
     args.block_seconds = 2.0 if cuda else 0.1
-    if cuda:
-        torch.cuda.set_device(device)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         try:

@@ -54,6 +54,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 from longtail.networks import CifarResNet  # noqa: E402
 from longtail.reporting import recorded_command  # noqa: E402
+from longtail.training import gpu_facts  # noqa: E402
 
 Call = Callable[[], object]
 MODES: dict[str, float | None] = {"EMA": 0.1, "cumulative": None}
@@ -461,6 +462,7 @@ def conditions(args: argparse.Namespace, device: torch.device) -> dict[str, str]
         "seed": str(args.seed),
         "rounds": str(args.rounds),
         "command": recorded_command(f"benchmarks/{Path(sys.argv[0]).name}", sys.argv[1:]),
+        **{name: str(value) for name, value in gpu_facts(device).items()},
     }
 
 
@@ -539,7 +541,10 @@ def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, torch.de
         parser.error(f"--device is {args.device!r}, expected cpu, or cuda where torch finds a device")
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    return args, torch.empty(0, device=device).device  # by its number, which set_device insists on
+    device = torch.empty(0, device=device).device  # by its number, which set_device insists on
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # where events are recorded
+    return args, device
 
 
 def main() -> None:

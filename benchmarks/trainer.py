@@ -2,15 +2,20 @@
 """Measure the trainer: images per second of the step, against the loop that people write first.
 
     python benchmarks/trainer.py --data-dir DIR
-    python benchmarks/trainer.py --data-dir DIR --device cuda --preset full --packed 4 --whole-run
+    python benchmarks/trainer.py --data-dir DIR --device cuda --preset full --steps 100 --workers 4 --packed 4 \
+        --whole-run
 
 Candidates train the same network with SpA-Reg on the same long-tailed CIFAR-100 and take turns in blocks of steps: a
 slow spell of the machine meets all of them; the medians of their blocks are divided.
 
-- `plain loop`: images as a tensor data set behind a DataLoader, crop and flip per image, figures read every step.
-- `eager`: this project's step: images on the device as uint8, one gather per batch, figures read once per epoch.
-- `channels last`, `compiled`: the same with the layout, and with the network compiled.
-- `captured`: the same as a CUDA graph; with bfloat16, and compiled, beside it. CUDA only.
+- `plain loop`: images as a tensor data set behind a DataLoader (`--workers`), crop and flip per image, weights
+  contiguous, figures read every step.
+- `eager`: this project's step: images on the device as uint8, one gather per batch, channels last, figures read once
+  per epoch.
+- `compiled`: the same with the network compiled, on a GPU all of the step but the optimizer.
+- `captured`: the step as a CUDA graph, with the fused optimizer; with bfloat16, and compiled, beside it. CUDA only.
+
+Steps are those of one epoch and the next; what comes between epochs is in `--whole-run` alone.
 
 `--packed K` also runs the fastest in one process and in K at once, which all warm up first and then measure the same
 `--window` of seconds: on a GPU as they are, taking turns, and through NVIDIA's MPS where it is to be had.
@@ -27,6 +32,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import gc
 import os
 import platform
 import shlex
@@ -52,7 +58,7 @@ from longtail.engine import Trainer  # noqa: E402
 from longtail.reporting import recorded_command, write_result  # noqa: E402
 from longtail.runner import GPU_CHECKPOINT_SECONDS, MPS_PIPES, shared_gpu  # noqa: E402
 from longtail.settings import Settings  # noqa: E402
-from longtail.training import environment  # noqa: E402
+from longtail.training import environment, gpu_facts  # noqa: E402
 
 PLAIN_LOOP = "plain loop"
 LEAD_S = 1.0  # between the word to go and the window
@@ -62,7 +68,7 @@ GOAL_S = 15.0  # of a whole run of the published recipe on an H200
 class PlainLoop:
     """The loop that most scripts have, around the same network, images and loss term."""
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: Trainer, workers: int) -> None:
         self.trainer = trainer
         images, labels = torch.from_numpy(trainer.data.train_images), torch.from_numpy(trainer.data.train_labels)
         pixels = images.float() / 255
@@ -80,7 +86,12 @@ class PlainLoop:
                 return (image - mean) / std, int(labels[index])
 
         self.loader = torch.utils.data.DataLoader(
-            Augmented(), batch_size=trainer.batches.batch_size, shuffle=True, drop_last=True
+            Augmented(),
+            batch_size=trainer.batches.batch_size,
+            shuffle=True,
+            drop_last=True,
+            num_workers=workers,
+            persistent_workers=workers > 0,
         )
         self.batches: Any = iter(self.loader)
         self.losses: list[float] = []
@@ -130,19 +141,17 @@ class Stepper:
 
 def candidates(args: argparse.Namespace) -> dict[str, tuple[str, ...]]:
     """Return the options of `cifar_lt.py` by candidate."""
-    plain, last = "--no-channels-last", "--channels-last"
     options: dict[str, tuple[str, ...]] = {
-        PLAIN_LOOP: (plain,),
-        "eager": (plain,),
-        "channels last": (last,),
-        "channels last, compiled": (last, "--compile"),
+        PLAIN_LOOP: ("--no-channels-last",),
+        "eager": (),
+        "compiled": ("--compile",),
     }
     if args.device.startswith("cuda"):
         options |= {
-            "captured, channels last": (last, "--capture"),
-            "captured, channels last, compiled": (last, "--capture", "--compile"),
-            "captured, channels last, bf16": (last, "--capture", "--amp", "bf16"),
-            "captured, channels last, bf16, compiled": (last, "--capture", "--amp", "bf16", "--compile"),
+            "captured": ("--capture",),
+            "captured, compiled": ("--capture", "--compile"),
+            "captured, bf16": ("--capture", "--amp", "bf16"),
+            "captured, bf16, compiled": ("--capture", "--amp", "bf16", "--compile"),
         }
     return options
 
@@ -151,7 +160,14 @@ def build(args: argparse.Namespace, folder: Path, name: str) -> PlainLoop | Step
     """Return what takes the steps of a candidate, at the beginning of its first epoch."""
     trainer = Trainer(settings_of(args, folder / name.replace(" ", "-"), *candidates(args)[name]))
     begin_epoch(trainer)
-    return PlainLoop(trainer) if name == PLAIN_LOOP else Stepper(trainer)
+    return PlainLoop(trainer, args.workers) if name == PLAIN_LOOP else Stepper(trainer)
+
+
+def release(device: torch.device) -> None:
+    """Free what trainers that are no longer needed hold of the GPU's memory."""
+    gc.collect()  # a trainer and its captured step know each other
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def seconds_of(step: Callable[[int], None], count: int, device: torch.device) -> float:
@@ -272,7 +288,9 @@ def whole_run(args: argparse.Namespace, folder: Path, name: str, eager_s: float)
     as_in_grid = ("--checkpoint-seconds", str(GPU_CHECKPOINT_SECONDS)) if cuda else ()
     settings = settings_of(args, folder / "whole", *candidates(args)[name], *as_in_grid)
     tqdm.write(f"a whole run: {name}", file=sys.stderr)
-    Trainer(replace(settings, stop_after_epochs=1)).run()
+    # An epoch that is the last one too, whose evaluation has shapes of its own.
+    Trainer(replace(settings, recipe=replace(settings.recipe, epochs=1, warmup_epochs=0))).run()
+    release(torch.device(args.device))
     begin = time.perf_counter()
     trainer = Trainer(settings)
     trainer.run()
@@ -295,6 +313,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:1")
     parser.add_argument("--preset", choices=("small", "full"), default="small", help="full: ResNet-32 at 32 x 32")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads, default %(default)s")
+    parser.add_argument("--workers", type=int, default=0, help="of the plain loop's DataLoader, default %(default)s")
     parser.add_argument("--rounds", type=int, default=7, help="of which medians are taken, default %(default)s")
     parser.add_argument("--steps", type=int, default=10, help="per block, default %(default)s")
     parser.add_argument("--warm-up", type=int, default=5, help="steps before the first block, default %(default)s")
@@ -312,6 +331,8 @@ def main() -> None:
     for name in ("threads", "rounds", "steps", "warm_up"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least 1")
+    if args.workers < 0:
+        parser.error(f"--workers is {args.workers}, expected 0 or more")
     if args.packed < 0 or args.packed == 1:
         parser.error(f"--packed is {args.packed}, expected at least 2, or 0 for none")
     if not args.window > 0:
@@ -335,7 +356,9 @@ def main() -> None:
         }
         seconds = measure(args, steps)
         batch = steps["eager"].trainer.batches.batch_size
-        steps.clear()  # and with them what they hold of the GPU's memory
+        about |= gpu_facts(torch.device(args.device))
+        steps.clear()
+        release(torch.device(args.device))
         rows: list[dict[str, Any]] = [
             {
                 "name": name,

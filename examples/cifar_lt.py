@@ -86,7 +86,9 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation (default 0)")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     run.add_argument("--threads", type=int, help="CPU threads")
-    run.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off", help="mixed precision (default off)")
+    run.add_argument(
+        "--amp", choices=("off", "bf16", "fp16"), default="off", help="off (default): a GPU's convolutions are TF32"
+    )
     run.add_argument("--channels-last", action=argparse.BooleanOptionalAction, help="memory layout of the network")
     run.add_argument("--compile", action="store_true", help="compile the network, and on a GPU the step")
     run.add_argument("--capture", action=argparse.BooleanOptionalAction, default=False, help="replay a CUDA graph")

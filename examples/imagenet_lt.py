@@ -75,7 +75,9 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation (default 0)")
     run.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     run.add_argument("--threads", type=int, help="CPU threads of each rank")
-    run.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off", help="mixed precision (default off)")
+    run.add_argument(
+        "--amp", choices=("off", "bf16", "fp16"), default="off", help="off (default): a GPU's convolutions are TF32"
+    )
     run.add_argument("--channels-last", action=argparse.BooleanOptionalAction, default=True)
     run.add_argument("--compile", action="store_true", help="compile the backbone with torch.compile")
     run.add_argument("--deterministic", action="store_true", help="only algorithms that repeat themselves exactly")

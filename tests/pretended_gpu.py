@@ -19,6 +19,7 @@ import contextlib
 import functools
 import importlib.metadata
 import importlib.util
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -57,6 +58,8 @@ def why_kernels_cannot_run() -> str:
         return "Triton's interpreter loses what is written in place before 3.3"
     if version("triton") < (3, 8) and version("numpy") >= (2, 4):
         return "Triton's interpreter fails with numpy 2.4 before 3.8"
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return "Triton's interpreter is off, as where there is a GPU: it would run that one's kernels as well"
     return ""
 
 

@@ -118,7 +118,7 @@ def build(settings: Settings, images: ImageSet, counts: Sequence[int]) -> tuple[
         model.to(images.device)
         if recipe.channels_last:
             store_channels_last(model)
-        if settings.compile:
+        if settings.compile and images.device.type != "cuda":  # there the whole step is compiled
             model.get_submodule("backbone").compile()
         return model
 

@@ -105,6 +105,8 @@ def run_cell(cell: Cell, job: Job, children: Children | None = None) -> Record:
         attempts += 1
         code, message = children.run(job.command(cell))
         if code == 0 and (folder / "result.json").exists():
+            if message.strip():  # a warning
+                print(f"{cell.name}: {message.strip()}", file=sys.stderr)
             return record_of(cell, json.loads((folder / "result.json").read_text()))
         lines = message.strip().splitlines()
         error = f"exit code {code}: {lines[-1] if lines else 'no message'}"

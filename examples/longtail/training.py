@@ -26,6 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import spalign
+from spalign import kernels
 
 from .alignment import Alignment
 from .baseline import Baseline, Step
@@ -330,6 +331,7 @@ class Run(ABC):
 
     def _result(self) -> dict[str, Any]:
         settings, record = self.settings, self.record
+        self.environment |= gpu_facts(self.device)
         return {
             "method": self.baseline.name,
             "strategies": settings.alignment.names,
@@ -362,6 +364,18 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device": name,
         "threads": torch.get_num_threads(),
         "commit": git_commit(),
+    }
+
+
+def gpu_facts(device: torch.device) -> dict[str, Any]:
+    """Return what else decides numbers on a GPU, once it has been used: spalign's kernels, and TF32 in float32."""
+    if device.type != "cuda":
+        return {}
+    backends = torch.backends
+    return {
+        "own_kernels": kernels.in_use(device),
+        "tf32_convolutions": backends.cudnn.allow_tf32,
+        "tf32_matmul": backends.cuda.matmul.allow_tf32,
     }
 
 

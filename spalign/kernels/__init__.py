@@ -25,6 +25,7 @@ __all__ = [
     "can_read",
     "can_update",
     "geometry",
+    "in_use",
     "project_gradient",
     "ready",
     "update_class_means_",
@@ -90,6 +91,11 @@ def ready(x: Tensor) -> bool:
             if known is None:
                 known = _ready[x.device.index] = _try(x.device)
     return known
+
+
+def in_use(device: torch.device) -> bool | None:
+    """Return whether the kernels are used on a GPU; None before anything could have used them there."""
+    return _ready.get(device.index)
 
 
 def _try(device: torch.device) -> bool:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 import spalign
 from spalign import functional as F
 
-pytestmark = pytest.mark.gpu
+# Setting the mode in which waits raise warns of a prototype.
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:Synchronization debug mode")]
 
 DEVICE = "cuda"
 C, D, N = 10, 16, 64
