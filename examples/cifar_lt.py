@@ -87,7 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     run.add_argument("--threads", type=int, help="CPU threads")
     run.add_argument(
-        "--amp", choices=("off", "bf16", "fp16"), default="off", help="off (default): a GPU's convolutions are TF32"
+        "--amp", choices=("off", "bf16", "fp16"), default="off", help="mixed precision (default off: TF32 convolutions)"
     )
     run.add_argument("--channels-last", action=argparse.BooleanOptionalAction, help="memory layout of the network")
     run.add_argument("--compile", action="store_true", help="compile the network, and on a GPU the step")

@@ -76,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     run.add_argument("--threads", type=int, help="CPU threads of each rank")
     run.add_argument(
-        "--amp", choices=("off", "bf16", "fp16"), default="off", help="off (default): a GPU's convolutions are TF32"
+        "--amp", choices=("off", "bf16", "fp16"), default="off", help="mixed precision (default off: TF32 convolutions)"
     )
     run.add_argument("--channels-last", action=argparse.BooleanOptionalAction, default=True)
     run.add_argument("--compile", action="store_true", help="compile the backbone with torch.compile")

@@ -58,6 +58,7 @@ class Row:
         groups: last-epoch accuracy of many, medium and few.
         train: training accuracy without augmentation.
         alignment: mean cosine of classifier rows and class means.
+        readouts: accuracy, and gain over the baseline's, of what else reads the features, where all runs have it.
     """
 
     title: str
@@ -70,6 +71,7 @@ class Row:
     groups: dict[str, Spread]
     train: Spread
     alignment: Spread
+    readouts: dict[str, tuple[Spread, Spread | None]]
 
 
 def paper_value(title: str, dataset: str, imbalance: int) -> float | None:
@@ -117,9 +119,27 @@ def rows_of(records: Sequence[Record], dataset: str, imbalance: int, preset: str
                     },
                     Spread.of([record["train_accuracy"] for record in own.values()]),
                     Spread.of([record["alignment_exact"]["all"] for record in own.values()]),
+                    readouts_of(own, {seed: base[seed] for seed in common}),
                 )
             )
     return rows
+
+
+def readouts_of(own: dict[int, Record], base: dict[int, Record]) -> dict[str, tuple[Spread, Spread | None]]:
+    """Return what reads the features in all runs, by name: its accuracy and its gain over the runs with equal seeds."""
+
+    def values(runs: dict[int, Record], name: str) -> dict[int, float]:
+        return {
+            seed: run["readouts"][name]["balanced"] for seed, run in runs.items() if name in run.get("readouts", {})
+        }
+
+    readouts = {}
+    for name in next(iter(own.values())).get("readouts", {}):
+        mine, theirs = values(own, name), values(base, name)
+        gains = [mine[seed] - value for seed, value in theirs.items() if seed in mine]
+        if len(mine) == len(own):
+            readouts[name] = Spread.of(list(mine.values())), Spread.of(gains) if gains else None
+    return readouts
 
 
 def paired(record: Record, base: Record) -> bool:
@@ -183,6 +203,26 @@ def markdown(records: Sequence[Record], preset: str) -> str:
             ]
             parts.append("| " + " | ".join(columns) + " |")
         parts.append("")
+        read = [row for row in rows if row.readouts]
+        if read:
+            names = list(dict.fromkeys(name for row in read for name in row.readouts))
+            parts += [
+                "What else reads the features, and its gain with the half width of a 95 % confidence interval:",
+                "",
+            ]
+            parts += ["| | last | " + " | ".join(f"{name} | gain" for name in names) + " |"]
+            parts += ["|---" * (2 + 2 * len(names)) + "|"]
+            for row in read:
+                columns = [row.title, row.last.text()]
+                for name in names:
+                    accuracy, gain = row.readouts.get(name, (None, None))
+                    width = None if gain is None else gain.confidence()
+                    difference = (
+                        "" if gain is None else f"{gain.mean:+.1f}" + ("" if width is None else f" ± {width:.1f}")
+                    )
+                    columns += ["" if accuracy is None else accuracy.text(), difference]
+                parts.append("| " + " | ".join(columns) + " |")
+            parts.append("")
         for row in rows:
             if row.unpaired:
                 seeds = ", ".join(map(str, row.unpaired))

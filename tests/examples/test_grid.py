@@ -751,6 +751,26 @@ def test_gains_are_paired_and_have_student_intervals() -> None:
     assert rows["ARB+SpAProj"].last.deviation is None
 
 
+def test_a_table_of_its_own_says_what_else_reads_the_features() -> None:
+    def read(of: Cell, mean: float, head: float) -> dict[str, Any]:
+        readouts = {"nearest class mean": {"balanced": mean}, "conventional head": {"balanced": head}}
+        return record(of, 20.0, readouts=readouts)
+
+    records = [
+        read(cell("glmc", seed=0), 26.0, 24.0),
+        read(cell("glmc", seed=1), 28.0, 25.0),
+        read(cell("glmc", "reg", 0), 27.0, 24.0),
+        read(cell("glmc", "reg", 1), 28.0, 25.5),
+        record(cell("arb"), 31.0),  # of before there was any
+    ]
+    text = table.markdown(records, "small")
+    assert "| | last | nearest class mean | gain | conventional head | gain |" in text
+    # Differences 1 and 0: mean 0.5, and 12.706 times 0.7071 over the root of 2; half of that for 0 and 0.5.
+    assert "| GLMC+SpAReg | 20.0 ± 0.0 | 27.5 ± 0.7 | +0.5 ± 6.4 | 24.8 ± 1.1 | +0.2 ± 3.2 |" in text
+    assert "| GLMC | 20.0 ± 0.0 | 27.0 ± 1.4 |  | 24.5 ± 0.7 |  |" in text
+    assert text.count("| ARB |") == 1
+
+
 def test_gains_only_compare_equal_seeds() -> None:
     records = [record(cell(seed=0), 10.0), record(cell("ce", "reg", 0), 11.0), record(cell("ce", "reg", 1), 99.0)]
     row = table.rows_of(records, "cifar100", 100, "small")[1]
