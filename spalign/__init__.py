@@ -6,10 +6,10 @@ Three strategies of the paper *Space Alignment Matters*, all reading one running
 - :class:`SpASlerp`, a scheduler-like rotation of classifier rows;
 - :class:`SpAProj`, an optimizer wrapper that removes harmful gradient.
 
-``spalign.functional`` has the same as pure tensor functions.
+``spalign.functional`` has the same as pure tensor functions; ``spalign.metrics`` measures neural collapse, NC1 to NC4.
 """
 
-from spalign import functional
+from spalign import functional, metrics
 from spalign.capture import FeatureCapture
 from spalign.classifier import Classifier
 from spalign.proj import SpAProj
@@ -27,4 +27,5 @@ __all__ = [
     "SpARegLoss",
     "SpASlerp",
     "functional",
+    "metrics",
 ]

@@ -205,3 +205,54 @@ def project_gradient(
             g_safe = g_tan - p * d_hat if p > 0 else g_tan  # Eq. 19
             out[c] = (1 - gamma) * g_safe + gamma * g  # Eq. 20
     return out
+
+
+def class_scatter(h_ND: Array, y_N: Ints, num_classes: int, ignore_index: int = -100) -> tuple[Array, Array, Array]:
+    """Return n_c (C,), mu_c (C, D) and sum_i (h_i - mu_c)(h_i - mu_c)' (C, D, D)."""
+    q_NC, dim = label_weights(h_ND, y_N, num_classes, ignore_index), h_ND.shape[1]
+    n, mean, scatter = np.zeros(num_classes), np.zeros((num_classes, dim)), np.zeros((num_classes, dim, dim))
+    for c in range(num_classes):
+        rows = [h for h, q in zip(h_ND, q_NC, strict=True) if q[c] > 0]
+        if rows:
+            n[c], mean[c] = len(rows), np.mean(rows, axis=0)
+            scatter[c] = sum(np.outer(h - mean[c], h - mean[c]) for h in rows)
+    return n, mean, scatter
+
+
+def neural_collapse(
+    h_ND: Array, y_N: Ints, w_CD: Array, logits_NC: Array | None = None, ignore_index: int = -100
+) -> dict[str, float]:
+    """Return NC1 to NC4 and alignment over the classes seen: Eqs. 2 to 5, corrected, and Papyan et al. (2020).
+
+    NC4 compares with the means of these samples, and averages over classes.
+    """
+    n, mean, scatter = class_scatter(h_ND, y_N, len(w_CD), ignore_index)
+    seen = [c for c in range(len(w_CD)) if n[c] > 0]
+    s = len(seen)
+    mu_g = sum(mean[c] for c in seen) / s
+    d, w = [mean[c] - mu_g for c in seen], [w_CD[c] for c in seen]
+    within = sum(scatter[c] / n[c] for c in seen) / s
+    between = sum(np.outer(x, x) for x in d) / s
+    found = {"nc1_trace": float(np.trace(within) / np.trace(between))}
+    # The rank is at most s - 1; what is left of the other eigenvalues is rounding, here below 1e-10 of the largest.
+    found["nc1_pinv"] = float(np.trace(within @ np.linalg.pinv(between, rcond=1e-10, hermitian=True)) / s)
+    for suffix, vectors in (("", d), ("_classifier", w)):
+        norms = [float(np.linalg.norm(x)) for x in vectors]
+        found["nc2_norms" + suffix] = float(np.std(norms) / np.mean(norms))
+        cosines = [float(vectors[i] @ vectors[j]) / (norms[i] * norms[j]) for i in range(s) for j in range(s) if i != j]
+        found["nc2_angles" + suffix] = float(np.mean([abs(cos + 1 / (s - 1)) for cos in cosines]))
+    big_w, big_d = np.array(w), np.array(d)
+    found["nc3"] = float(np.linalg.norm(big_w / np.linalg.norm(big_w) - big_d / np.linalg.norm(big_d)))
+    found["alignment"] = float(np.mean([alignment(w_CD, mean, n > 0)[c] for c in seen]))
+    if logits_NC is not None:
+        q_NC = label_weights(h_ND, y_N, len(w_CD), ignore_index)
+        shares = []
+        for c in seen:
+            agree = []
+            for i in range(len(h_ND)):
+                if q_NC[i, c] > 0:
+                    nearest = min(seen, key=lambda k: float(np.linalg.norm(h_ND[i] - mean[k])))
+                    agree.append(nearest == max(seen, key=lambda k: logits_NC[i, k]))
+            shares.append(np.mean(agree))
+        found["nc4"] = float(np.mean(shares))
+    return found

@@ -1,4 +1,4 @@
-"""No operation of update, loss, projection or rotation makes the host wait for the device (pitfall D1).
+"""No operation of update, loss, projection, rotation or metrics makes the host wait for the device (pitfall D1).
 
 Three nets: the operations dispatched on the CPU are recorded, and none reads a value or sizes its result by one (with
 the way that only CPU batches take closed, so that they go the way of a device's); the same steps run on the meta
@@ -104,11 +104,25 @@ def projection(device: str, head: str) -> None:
         optimizer.step()
 
 
+def measure(device: str, kind: str) -> None:
+    # Without NC1's pseudo-inverse, for which CUDA waits.
+    classifier, _ = head_on(device, "linear", C, D)
+    h, y = batch(device, kind)
+    tracker = spalign.ClassMeanTracker.for_classifier(classifier)
+    tracker.update(h, y)
+    collapse = spalign.metrics.NeuralCollapse(classifier, tracker)
+    for _ in range(2):
+        collapse.update(h, y, h[:, :C])
+    collapse.compute()
+    collapse.reset()
+
+
 BATCHES = ["hard", "ignored", "soft", "dense"]
 STEPS: dict[str, Callable[[str], None]] = {
     **{f"update {k}": lambda d, k=k: update(d, k) for k in BATCHES},  # type: ignore[misc]
     **{f"forward {k}": lambda d, k=k: forward(d, k) for k in BATCHES},  # type: ignore[misc]
     **{f"loss {k}": lambda d, k=k: loss(d, k) for k in BATCHES},  # type: ignore[misc]
+    **{f"measure {k}": lambda d, k=k: measure(d, k) for k in BATCHES if k != "soft"},  # type: ignore[misc]
     **{f"rotation {k}": lambda d, k=k: rotation(d, k) for k in HEADS},  # type: ignore[misc]
     **{f"projection {k}": lambda d, k=k: projection(d, k) for k in HEADS},  # type: ignore[misc]
 }
@@ -183,8 +197,8 @@ def test_the_source_reads_no_tensor_value() -> None:
     """Methods that copy to the host; numpy's only read what is on the CPU already."""
     package = Path(inspect.getfile(sys.modules["spalign"])).parent
     found = []
-    core = ("functional", "host", "tracker", "reg", "slerp", "proj", "classifier", "distributed", "kernels/__init__")
-    for file in (package / f"{name}.py" for name in core):
+    core = ("functional", "host", "tracker", "reg", "slerp", "proj", "metrics", "classifier", "distributed")
+    for file in (package / f"{name}.py" for name in (*core, "kernels/__init__")):
         tree = ast.parse(file.read_text())
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):

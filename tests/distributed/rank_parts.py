@@ -246,6 +246,24 @@ def group_means(rank: int, world: int, folder: Path) -> Results:
     return out
 
 
+@part(1, 2, 4)
+def collapse(rank: int, world: int, folder: Path) -> Results:
+    """Neural collapse of all ranks' samples: uneven and empty parts, one rank with no batch at all, a far offset."""
+    fc = Net().fc
+    out: Results = {}
+    for covariance in (False, True):
+        tracker = spalign.ClassMeanTracker.for_classifier(fc, momentum=None).double()
+        metric = spalign.metrics.NeuralCollapse(fc, tracker, covariance=covariance)
+        for step, split in enumerate(("even", "uneven", "empty", "first empty")):
+            h, y = (share(t, rank, world, split) for t in batch(step, D))
+            h += 100.0
+            tracker.update(h, y)
+            if len(h) > 0:
+                metric.update(h, y, fc(h - 100.0))
+        out |= {f"collapse {covariance} {name}": value for name, value in metric.compute().items()}
+    return out
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Gradients
 # ----------------------------------------------------------------------------------------------------------------------
