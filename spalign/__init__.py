@@ -6,10 +6,11 @@ Three strategies of the paper *Space Alignment Matters*, all reading one running
 - :class:`SpASlerp`, a scheduler-like rotation of classifier rows;
 - :class:`SpAProj`, an optimizer wrapper that removes harmful gradient.
 
-``spalign.functional`` has the same as pure tensor functions.
+``spalign.functional`` has the same as pure tensor functions, ``spalign.theory`` the geometry and error exponents that
+the paper argues with.
 """
 
-from spalign import functional
+from spalign import functional, theory
 from spalign.capture import FeatureCapture
 from spalign.classifier import Classifier
 from spalign.proj import SpAProj
@@ -27,4 +28,5 @@ __all__ = [
     "SpARegLoss",
     "SpASlerp",
     "functional",
+    "theory",
 ]
