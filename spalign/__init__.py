@@ -6,10 +6,11 @@ Three strategies of the paper *Space Alignment Matters*, all reading one running
 - :class:`SpASlerp`, a scheduler-like rotation of classifier rows;
 - :class:`SpAProj`, an optimizer wrapper that removes harmful gradient.
 
-``spalign.functional`` has the same as pure tensor functions; ``spalign.metrics`` measures neural collapse, NC1 to NC4.
+``spalign.functional`` has the same as pure tensor functions, ``spalign.metrics`` measures neural collapse, NC1 to NC4,
+and ``spalign.theory`` is the geometry and the error exponents that the paper argues with.
 """
 
-from spalign import functional, metrics
+from spalign import functional, metrics, theory
 from spalign.capture import FeatureCapture
 from spalign.classifier import Classifier
 from spalign.proj import SpAProj
@@ -28,4 +29,5 @@ __all__ = [
     "SpASlerp",
     "functional",
     "metrics",
+    "theory",
 ]

@@ -3,7 +3,6 @@
 C classes, D feature dimensions, N samples.
 """
 
-import math
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -228,11 +227,3 @@ FIXED: dict[str, Callable[[Tensor], ClassifierLike]] = {
     "frozen": _frozen,
 }
 """Every kind of classifier that no optimizer moves."""
-
-
-def simplex_etf(num_classes: int, dim: int) -> Tensor:
-    """Return the rows (C, D) of a simplex equiangular tight frame, float32 (Eq. 1)."""
-    basis = rotation(3, dim)[:, :num_classes]
-    center = torch.eye(num_classes, dtype=torch.float64) - 1.0 / num_classes
-    etf = math.sqrt(num_classes / (num_classes - 1)) * basis @ center
-    return etf.t().float().contiguous()

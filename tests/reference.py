@@ -256,3 +256,29 @@ def neural_collapse(
             shares.append(np.mean(agree))
         found["nc4"] = float(np.mean(shares))
     return found
+
+
+def simplex_gram(num_classes: int) -> Array:
+    """Return the cosines of a simplex equiangular tight frame, 1 and -1 / (C - 1) (Eq. 3)."""
+    out = np.ones((num_classes, num_classes))
+    for c in range(num_classes):
+        for k in range(num_classes):
+            if k != c:
+                out[c, k] = -1.0 / (num_classes - 1)
+    return out
+
+
+def pairwise_error_exponents(mean_CD: Array, w_CD: Array, b_C: Array) -> Array:
+    """Lemmas 1 and 2, corrected: half the squared distance from mu_c to where class k scores at least as high."""
+    out = np.full((len(mean_CD), len(mean_CD)), math.inf)
+    for c, mu in enumerate(mean_CD):
+        for k in range(len(mean_CD)):
+            v, margin = w_CD[c] - w_CD[k], w_CD[c] @ mu + b_C[c] - w_CD[k] @ mu - b_C[k]
+            if k == c:
+                continue
+            if margin <= 0:  # z = 0 is an error already
+                out[c, k] = 0.0
+            elif v @ v > 0:
+                z = -margin / (v @ v) * v  # of all z with v'(mu + z) + b_c - b_k <= 0 the shortest
+                out[c, k] = 0.5 * z @ z
+    return out

@@ -1,4 +1,4 @@
-"""Every pitfall has a test that says so, and the list of them in docs/pitfalls.md names tests that exist."""
+"""Every pitfall has a test that says so, and what docs/pitfalls.md and docs/maths.md name as their tests exists."""
 
 import ast
 import functools
@@ -10,7 +10,8 @@ import pytest
 import spalign
 
 TESTS = Path(__file__).parent
-LIST = TESTS.parent / "docs" / "pitfalls.md"
+DOCS = TESTS.parent / "docs"
+LIST = DOCS / "pitfalls.md"
 GROUPS = {"A": 20, "B": 12, "C": 13, "D": 12}
 PITFALLS = [f"{group}{number}" for group, last in GROUPS.items() for number in range(1, last + 1)]
 
@@ -64,14 +65,21 @@ def test_the_search_finds_what_it_is_there_for() -> None:
 
 
 @pytest.mark.skipif(not LIST.exists(), reason="the tests run without the documentation here")
-def test_the_list_has_every_pitfall_once_and_names_tests_that_exist() -> None:
+def test_the_list_has_every_pitfall_once_and_a_test_of_each() -> None:
     text = LIST.read_text(encoding="utf-8")
     assert re.findall(r"^\*\*([A-D]\d+)\.", text, re.MULTILINE) == PITFALLS
+    for entry in re.split(r"^(?=\*\*[A-D]\d+\.)", text, flags=re.MULTILINE)[1:]:
+        assert "`tests/" in entry, f"an entry names no test: {entry[:60]}"
+
+
+@pytest.mark.skipif(not LIST.exists(), reason="the tests run without the documentation here")
+@pytest.mark.parametrize("page", ["pitfalls.md", "maths.md"])
+def test_named_tests_exist(page: str) -> None:
     tests = docstrings_of_tests() | {
         f"tests/{Path(__file__).name}::{name}": "" for name in globals() if name.startswith("test_")
     }
-    for name in re.findall(r"`(tests/[^`]+)`", text):
+    names = re.findall(r"`(tests/[^`]+)`", (DOCS / page).read_text(encoding="utf-8"))
+    assert names
+    for name in names:
         exists = name in tests if "::" in name else (TESTS.parent / name).exists()
-        assert exists, f"docs/pitfalls.md names {name}, which does not exist"
-    for entry in re.split(r"^(?=\*\*[A-D]\d+\.)", text, flags=re.MULTILINE)[1:]:
-        assert "`tests/" in entry, f"an entry names no test: {entry[:60]}"
+        assert exists, f"docs/{page} names {name}, which does not exist"

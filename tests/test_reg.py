@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import reference
 import torch
-from problems import FIXED, HEADS, make_batch, make_problem, same_state, simplex_etf, state_of, to_numpy
+from problems import FIXED, HEADS, make_batch, make_problem, same_state, state_of, to_numpy
 from torch import Tensor, nn
 
 import spalign
+from spalign import theory
 from spalign.reg import Align
 
 C, D = 5, 6
@@ -107,7 +108,7 @@ def test_fixed_classifiers_receive_nothing_and_features_everything(kind: str) ->
 
 def test_etf_classifier_learns_features() -> None:
     """ETF-DR: the classifier is a fixed simplex; the term alone turns the encoder's class means onto it."""
-    etf = simplex_etf(4, 8)
+    etf = theory.simplex_etf(4, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float32)
     encoder = nn.Linear(5, 8)
     spareg = spalign.SpARegLoss(etf, align="features")
     x, y = make_batch(1, 64, 4, 5)

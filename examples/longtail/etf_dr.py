@@ -5,12 +5,13 @@ Shapes: N images of a batch, C classes, D feature dimensions.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from spalign import theory
 
 from .baseline import Baseline, Batch, Step, batch_counts
 from .networks import feature_dim
@@ -19,8 +20,7 @@ from .networks import feature_dim
 def simplex_etf(num_classes: int, dim: int) -> Tensor:
     """Return a simplex equiangular tight frame in a random position, from PyTorch's global generator.
 
-    `sqrt(C / (C - 1)) (I - 11'/C) U` with U of orthonormal rows within the simplex's span (Eq. 1 of Space Alignment
-    Matters with its 1/(C - 1) corrected to 1/C), so C - 1 dimensions are enough.
+    That of `spalign.theory`, turned by draws that follow from the run's seed.
 
     Returns:
         (C, D) float32: unit rows, every pair at the cosine -1 / (C - 1).
@@ -33,13 +33,8 @@ def simplex_etf(num_classes: int, dim: int) -> Tensor:
             f"no simplex of {num_classes} classes fits into {dim} feature dimensions; it takes at least "
             f"{max(num_classes - 1, 1)} and two classes: use a wider network (--width 2 has 128)"
         )
-    # An orthonormal basis of what is orthogonal to 1 (Helmert's): column k is k ones and then -k, scaled.
-    size = torch.arange(1, num_classes, dtype=torch.float64)
-    basis = torch.triu(torch.ones(num_classes, num_classes - 1, dtype=torch.float64))
-    basis[range(1, num_classes), range(num_classes - 1)] = -size
-    basis = basis / (size * (size + 1)).sqrt()
     rotation = torch.linalg.qr(torch.randn(dim, num_classes - 1, dtype=torch.float64)).Q
-    etf_CD: Tensor = math.sqrt(num_classes / (num_classes - 1)) * basis @ rotation.t()
+    etf_CD: Tensor = theory.simplex_etf(num_classes, num_classes - 1) @ rotation.t()
     return etf_CD.to(torch.float32)
 
 
