@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import reference
 import torch
-from problems import make_batch, make_problem, rotation, simplex_etf, to_numpy
+from problems import make_batch, make_problem, rotation, to_numpy
 from torch import Tensor, nn
 
 import spalign
-from spalign import metrics
+from spalign import metrics, theory
 from spalign.metrics import NeuralCollapse, class_moments
 
 C, D, N = 5, 8, 60
@@ -110,9 +110,7 @@ def test_class_moments_equal_the_reference() -> None:
 @pytest.mark.parametrize("dim", [3, 4, 7])
 def test_collapsed_features_on_a_simplex_are_ideal(dim: int) -> None:
     """C - 1 = 3 dimensions are enough; an offset and scale of the features change nothing."""
-    etf = simplex_etf(4, max(dim, 4)).double()
-    if dim == 3:
-        etf = etf @ torch.linalg.svd(etf).Vh[:3].t()
+    etf = theory.simplex_etf(4, dim, generator=torch.Generator().manual_seed(3))
     fc = nn.Linear(dim, 4, bias=False, dtype=torch.float64)
     with torch.no_grad():
         fc.weight.copy_(2 * etf)
@@ -122,13 +120,12 @@ def test_collapsed_features_on_a_simplex_are_ideal(dim: int) -> None:
     collapse.update(h, y, (h - 5) @ fc.weight.t())
     found = collapse.compute()
     ideal = dict.fromkeys(found, 0.0) | {"alignment": 1.0, "nc4": 1.0}
-    # The frame was rounded to float32, 6e-8.
-    expect(found, ideal, rtol=1e-6, atol=1e-6)
+    expect(found, ideal, rtol=0.0, atol=1e-12)  # some hundred roundings of float64
 
 
 def test_what_is_away_from_the_ideal_shows_in_its_metric_alone() -> None:
     """A longer mean shows in the norms, a turned classifier in NC3 and alignment, spread samples in NC1."""
-    etf, y = simplex_etf(4, 6).double(), torch.arange(4).repeat(2)
+    etf, y = theory.simplex_etf(4, 6, generator=torch.Generator().manual_seed(3)), torch.arange(4).repeat(2)
     turned = etf @ rotation(1, 6)
     spread = torch.tensor([1.0] * 4 + [-1.0] * 4, dtype=torch.float64).unsqueeze(1) * rotation(2, 6)[:1]
 
