@@ -56,7 +56,7 @@ def _orthonormal(rows: int, columns: int, generator: torch.Generator | None) -> 
 def _placed(x: Tensor, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
     if not dtype.is_floating_point:
         raise ValueError(f"dtype is {dtype}, expected a float dtype, which can hold a direction; leave it at float64")
-    return x.to(device=torch.get_default_device() if device is None else device, dtype=dtype)
+    return x.to(device=torch.empty(0).device if device is None else device, dtype=dtype)
 
 
 def simplex_etf(

@@ -132,6 +132,7 @@ STEPS: dict[str, Callable[[str], None]] = {
 def test_no_dispatched_operation_waits_for_the_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("spalign.host.can_read", lambda features: False)
     monkeypatch.setattr("spalign.host.can_align", lambda *_: False)
+    STEPS[name]("cpu")  # what PyTorch imports at an optimizer's first step reads numbers (2.6)
     with Recorder() as recorder:
         STEPS[name]("cpu")
     assert len(recorder.operations) > 10
