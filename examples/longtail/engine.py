@@ -186,12 +186,15 @@ class Trainer(Run):
     # --- evaluation ---------------------------------------------------------------------------------------------------
 
     def _evaluate(self) -> dict[str, Any]:
-        """Return accuracies; after the last epoch also of the training set, the exact alignment, and other readouts."""
+        """Return accuracies; after the last epoch also what the training set says exactly, and other readouts."""
         figures: dict[str, Any] = {"accuracy": self._accuracy(self._predictions(self.eval_set))}
         if self._last_epoch:
             exact = spalign.ClassMeanTracker.for_classifier(self.baseline.classifier, momentum=None)
-            figures["clean_train_accuracy"] = self._accuracy(self._predictions(self.train_set), exact)["all"]
+            collapse = spalign.metrics.NeuralCollapse(self.baseline.classifier, covariance=True)
+            accuracy = self._accuracy(self._predictions(self.train_set), exact.update, collapse.update)
+            figures["clean_train_accuracy"] = accuracy["all"]
             figures["alignment_exact"] = self._alignment_figures(exact)
+            figures["neural_collapse"] = {name: float(value) for name, value in collapse.compute().items()}
             figures["readouts"] = self._readouts(exact.mean)
         return figures
 
@@ -261,6 +264,7 @@ class Trainer(Run):
             **super()._result(),
             "train_accuracy": self.record["clean_train_accuracy"],
             "alignment_exact": self.record["alignment_exact"],
+            "neural_collapse": self.record["neural_collapse"],
             "readouts": self.record["readouts"],
             "data_fingerprint": self.data.fingerprint,
         }

@@ -200,6 +200,7 @@ def record_of(cell: Cell, result: Record) -> Record:
         "train_accuracy": result["train_accuracy"],
         "alignment": result["alignment"],
         "alignment_exact": result["alignment_exact"],
+        "neural_collapse": result["neural_collapse"],
         "readouts": result["readouts"],
         "seconds": result["seconds"],
         "finished": result["finished"],

@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -265,7 +265,7 @@ class Run(ABC):
 
     @torch.no_grad()
     def _accuracy(
-        self, predictions: Iterable[tuple[Tensor, Tensor, Tensor]], tracker: spalign.ClassMeanTracker | None = None
+        self, predictions: Iterable[tuple[Tensor, Tensor, Tensor]], *readers: Callable[[Tensor, Tensor], None]
     ) -> Figures:
         """Return accuracies in evaluation mode, over the images of all ranks.
 
@@ -273,7 +273,7 @@ class Run(ABC):
 
         Args:
             predictions: logits (N, C), features (N, D) and labels (N,), made only when they are asked for.
-            tracker: also feed these class means.
+            readers: also get features and labels.
         """
         self.baseline.model.eval()
         correct_C = torch.zeros(len(self.counts), dtype=torch.int64, device=self.device)
@@ -281,8 +281,8 @@ class Run(ABC):
         for logits_NC, features_ND, labels_N in predictions:
             correct_C.index_add_(0, labels_N, (logits_NC.argmax(dim=1) == labels_N).to(torch.int64))
             count_C.index_add_(0, labels_N, torch.ones_like(labels_N))
-            if tracker is not None:
-                tracker.update(features_ND, labels_N)
+            for read in readers:
+                read(features_ND, labels_N)
         return accuracy_figures(self.world.sum_(correct_C), self.world.sum_(count_C), self.groups)
 
     def _alignment_figures(self, tracker: spalign.ClassMeanTracker | None = None) -> Figures:

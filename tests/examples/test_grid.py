@@ -216,7 +216,8 @@ def test_max_norm_waits_for_its_first_stage(tmp_path: Path) -> None:
 def test_records_hold_no_path_of_a_machine() -> None:
     """A second stage's record names the run that it starts from; a command's folders are DIR."""
     second = cell("glmc-maxnorm")
-    result = record(second) | {"environment": {"device": "x", "commit": None}, "data_fingerprint": "x", "readouts": {}}
+    result = record(second) | {"environment": {"device": "x", "commit": None}, "data_fingerprint": "x"}
+    result |= {"readouts": {}, "neural_collapse": {}}
     result |= {"epochs": 1, "finished": "", "options": {"first-stage": "/somewhere/else", "lr": 0.1}}
     assert record_of(second, result)["options"] == {"first-stage": cell("glmc").name, "lr": 0.1}
     command = recorded_command("benchmarks/x.py", ["--data-dir", "/a b/c", "--output=/d", "--device", "cuda"])

@@ -19,6 +19,7 @@ from typing import Any
 
 import cifar_lt
 import pytest
+import reference
 import torch
 from longtail.data import long_tail_counts
 from longtail.engine import Trainer
@@ -114,6 +115,9 @@ def test_closing_figures_are_exact(tiny_options: Options, tmp_path: Path) -> Non
     # float32 sums over at most 60 images a class
     assert result["alignment_exact"]["all"] == pytest.approx(float(cosines.mean()), abs=1e-4)
     assert result["train_accuracy"] == pytest.approx(100 * float(correct), abs=1e-4)
+    weight = model.classifier.weight.detach().double().numpy()
+    collapse = reference.neural_collapse(features.numpy(), images.labels_N.numpy(), weight)
+    assert result["neural_collapse"] == pytest.approx(collapse, rel=1e-3)  # float32 features, and their pseudo-inverse
     with torch.no_grad():
         test_features = model.forward_features(trained.eval_set.plain(torch.arange(len(trained.eval_set)))).double()
     distances = (test_features[:, None] - means).square().sum(2)
