@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
+import shutil
 import tarfile
 import tempfile
 import urllib.request
@@ -182,7 +183,7 @@ def download(dataset: str, data_dir: Path, *, url: str | None = None, md5: str |
     """Fetch the official archive, verify its checksum and unpack it into `data_dir`; return its folder.
 
     Nothing is left under its final name before it is complete: the download is checked in a temporary folder beside
-    the target, unpacked there with tarfile's "data" filter (no path leaves the folder), and then renamed.
+    the target, unpacked there (plain files alone, no path leaves the folder), and then renamed.
 
     Args:
         dataset: `cifar10` or `cifar100`.
@@ -215,7 +216,7 @@ def download(dataset: str, data_dir: Path, *, url: str | None = None, md5: str |
             )
         try:
             with tarfile.open(packed) as tar:
-                tar.extractall(temporary, filter="data")
+                _unpack(tar, Path(temporary))
         except tarfile.TarError as error:
             raise ValueError(f"{url} cannot be unpacked ({error}): it is not the {dataset} python archive") from error
         unpacked = Path(temporary) / archive.folder
@@ -223,6 +224,23 @@ def download(dataset: str, data_dir: Path, *, url: str | None = None, md5: str |
             raise ValueError(f"{url} holds no folder {archive.folder}: it is not the {dataset} python archive")
         os.replace(unpacked, target)
     return find_folder(dataset, data_dir)
+
+
+def _unpack(tar: tarfile.TarFile, folder: Path) -> None:
+    """Write the archive's files. The filters of tarfile came with Python 3.11.4; distributions have older ones.
+
+    Raises:
+        tarfile.TarError: a member is no file or folder below this one. What came before it is written.
+    """
+    for member in tar:
+        path = (folder / member.name).resolve()
+        if not path.is_relative_to(folder.resolve()) or not (member.isfile() or member.isdir()):
+            raise tarfile.TarError(f"{member.name} is no file or folder below the one to unpack into")
+        content = tar.extractfile(member)
+        if content is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("wb") as file:
+                shutil.copyfileobj(content, file)
 
 
 def _copy_and_hash(source: IO[bytes], target: IO[bytes]) -> str:

@@ -275,11 +275,20 @@ def test_download_keeps_nothing_of_another_file(
     assert list((tmp_path / "new").iterdir()) == []
 
 
-def test_download_refuses_paths_outside_its_folder(tmp_path: Path, served: tuple[Path, str]) -> None:
+@pytest.mark.parametrize("kind", ["climbing", "absolute", "link"])
+def test_download_refuses_what_leaves_its_folder(kind: str, tmp_path: Path, served: tuple[Path, str]) -> None:
     victim = tmp_path / "victim"
     victim.write_text("secret")
     with tarfile.open(served[0] / "archive.tar.gz", "w:gz") as tar:
-        tar.add(victim, "../../escaped")
+        if kind == "link":
+            (tmp_path / "link").symlink_to(tmp_path)
+            tar.add(tmp_path / "link", "cifar-10-batches-py/up", recursive=False)
+            tar.add(victim, "cifar-10-batches-py/up/escaped")
+        else:
+            member = tar.gettarinfo(victim)
+            member.name = "../../escaped" if kind == "climbing" else str(tmp_path / "escaped")
+            with victim.open("rb") as file:
+                tar.addfile(member, file)
     md5 = hashlib.md5((served[0] / "archive.tar.gz").read_bytes()).hexdigest()
     with pytest.raises(ValueError, match="cannot be unpacked"):
         data.download("cifar10", tmp_path / "new", url=served[1], md5=md5)
