@@ -618,6 +618,8 @@ def test_they_are_compared_once_and_not_while_a_graph_is_captured(
     with torch.cuda.graph(torch.cuda.CUDAGraph()):
         tracker.update(h, y)
     assert (compared, gpu.launches) == ([], [])
+    numbered, current = torch.device("cuda", 0), torch.device("cuda")
+    assert [kernels.in_use(device) for device in (numbered, current)] == [None, None]
     modes: list[Any] = []
     real = torch.cuda.set_sync_debug_mode
 
@@ -632,6 +634,7 @@ def test_they_are_compared_once_and_not_while_a_graph_is_captured(
     # Setting it warns of a prototype, so only for users who have set it.
     assert modes == (["default", told] if told else []), "waiting is allowed while comparing, and then as before"
     assert gpu.launches == ["move_means", "add_deltas"] * 2
+    assert [kernels.in_use(device) for device in (numbered, current)] == [True, True]
 
 
 @pytest.mark.parametrize("around", ["inference", "autocast", "float64", "deterministic"])

@@ -43,6 +43,11 @@ class Spread:
         deviation = "" if self.deviation is None else f" ± {self.deviation:{form}}"
         return f"{self.mean:{form}}{deviation}"
 
+    def difference(self) -> str:
+        """Return a mean difference, with its sign, and the half width of its 95 % confidence interval."""
+        width = self.confidence()
+        return f"{self.mean:+.1f}" + ("" if width is None else f" ± {width:.1f}")
+
 
 @dataclass(frozen=True)
 class Row:
@@ -216,11 +221,7 @@ def markdown(records: Sequence[Record], preset: str) -> str:
                 columns = [row.title, row.last.text()]
                 for name in names:
                     accuracy, gain = row.readouts.get(name, (None, None))
-                    width = None if gain is None else gain.confidence()
-                    difference = (
-                        "" if gain is None else f"{gain.mean:+.1f}" + ("" if width is None else f" ± {width:.1f}")
-                    )
-                    columns += ["" if accuracy is None else accuracy.text(), difference]
+                    columns += ["" if accuracy is None else accuracy.text(), "" if gain is None else gain.difference()]
                 parts.append("| " + " | ".join(columns) + " |")
             parts.append("")
         for row in rows:
@@ -282,9 +283,7 @@ def differences(records: Sequence[Record], others: Sequence[Record], preset: str
             if any(value is None for pair in values for value in pair):  # no class is in the group
                 columns.append("")
                 continue
-            gain = Spread.of([one - other for one, other in values])
-            width = gain.confidence()
-            columns.append(f"{gain.mean:+.1f}" + ("" if width is None else f" ± {width:.1f}"))
+            columns.append(Spread.of([one - other for one, other in values]).difference())
         lines.append(f"| {title} | {len(both)} | " + " | ".join(columns) + " |")
     return "\n".join(lines) + "\n"
 

@@ -95,7 +95,7 @@ def ready(x: Tensor) -> bool:
 
 def in_use(device: torch.device) -> bool | None:
     """Return whether the kernels are used on a GPU; None before anything could have used them there."""
-    return _ready.get(device.index)
+    return _ready.get(torch.cuda.current_device() if device.index is None else device.index)
 
 
 def _try(device: torch.device) -> bool:

@@ -93,8 +93,8 @@ def _measured(by_row: dict[tuple[str, str], dict[int, dict[str, Any]]], method: 
     gain = ""
     common = [seed for seed in runs if seed in baseline] if strategy != "none" else []
     if common:
-        spread = Spread.of([last[seed]["balanced"] - baseline[seed]["accuracy_last"]["balanced"] for seed in common])
-        gain = f"{spread.mean:+.1f}" + ("" if spread.deviation is None else f" ± {spread.confidence():.1f}")
+        gains = [last[seed]["balanced"] - baseline[seed]["accuracy_last"]["balanced"] for seed in common]
+        gain = Spread.of(gains).difference()
     cells = [Spread.of([figures["balanced"] for figures in last.values()]).text(), gain]
     for group in ("many", "medium", "few"):
         values = [figures[group] for figures in last.values() if figures[group] is not None]
