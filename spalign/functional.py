@@ -152,8 +152,15 @@ def _batch_statistics(batch: _Batch, num_classes: int) -> tuple[Tensor, Tensor]:
         with _no_autocast(h_ND):
             return batch.weight.t() @ h_ND, batch.weight.sum(0)
     h_ND = h_ND.mul_(batch.weight.unsqueeze(1))
-    sum_CD = h_ND.new_zeros(num_classes, h_ND.shape[1]).index_add_(0, batch.labels, h_ND)
-    return sum_CD, h_ND.new_zeros(num_classes).index_add_(0, batch.labels, batch.weight)
+    labels_N, parts = batch.labels, max(1, -(-len(h_ND) // max(host.MOST_IN_A_ROW, num_classes)))
+    if parts > 1:  # each adds up in rows of its own
+        labels_N = labels_N + num_classes * (torch.arange(len(h_ND), device=h_ND.device) * parts // len(h_ND))
+    sum_CD = h_ND.new_zeros(parts * num_classes, h_ND.shape[1]).index_add_(0, labels_N, h_ND)
+    weight_C = h_ND.new_zeros(parts * num_classes).index_add_(0, labels_N, batch.weight)
+    if parts > 1:
+        sum_CD = sum_CD.view(parts, num_classes, -1).sum(0, dtype=torch.float64).to(h_ND.dtype)
+        weight_C = weight_C.view(parts, num_classes).sum(0, dtype=torch.float64).to(h_ND.dtype)
+    return sum_CD, weight_C
 
 
 def class_statistics(
