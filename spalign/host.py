@@ -65,6 +65,8 @@ def all_usable(targets: Tensor, num_classes: int, ignore_index: int) -> bool:
 
 def can_read(features: Tensor) -> bool:
     """Return whether features are on the CPU and in a form that numpy has."""
+    if torch._C._are_functorch_transforms_active():  # their wrappers are of type Tensor and hold nothing
+        return False
     return type(features) in _PLAIN and features.is_cpu and features.dtype in _IN_NUMPY and not features.is_neg()
 
 
@@ -183,6 +185,8 @@ def _dots(x_CD: _Floats, y_CD: _Floats) -> _Floats:
 def can_align(weight_CD: Tensor, mean_CD: Tensor, center_D: Tensor) -> bool:
     """Return whether :func:`alignment_terms` takes these, and is the shorter way: few elements, all of one dtype."""
     if type(weight_CD) not in _PLAIN or type(mean_CD) is not Tensor or mean_CD.requires_grad:
+        return False
+    if torch._C._are_functorch_transforms_active():
         return False
     if weight_CD.dtype not in _INFO or not weight_CD.dtype is mean_CD.dtype is center_D.dtype:
         return False

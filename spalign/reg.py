@@ -94,7 +94,7 @@ class SpARegLoss(nn.Module):
             mean_CD,
             alignable_C,
             center_D=center_D,
-            features=None if self.align == "classifier" else features,
+            features=None if share is None or self.align == "classifier" else features,
             share=share,
         )
 

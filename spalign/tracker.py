@@ -297,7 +297,7 @@ class ClassMeanTracker(nn.Module):
         if kernels.can_read(mean_CD, weight_C, mean_sum_D):
             return mean_CD, *kernels.geometry(weight_C, mean_sum_D)
         seen_C = weight_C > 0
-        if type(seen_C) is Tensor and seen_C.is_cpu and not torch.compiler.is_compiling():
+        if type(seen_C) is Tensor and host.can_read(mean_CD) and not torch.compiler.is_compiling():
             count = np.count_nonzero(seen_C.numpy())
             center_D = torch.from_numpy((mean_sum_D.numpy() / max(count, 1)).astype(mean_CD.numpy().dtype))
             return mean_CD, seen_C if count > 1 else torch.zeros_like(seen_C), center_D
@@ -385,8 +385,13 @@ class ClassMeanTracker(nn.Module):
         if features.device != device or targets.device != device:
             self._check_device("features are", features)
             self._check_device("targets are", targets)
-        readable = type(targets) is Tensor and targets.is_cpu and not torch.compiler.is_compiling()
-        usable = readable and self._check_values(targets)
+        compiling = torch.compiler.is_compiling()
+        if not compiling and torch._C._are_functorch_transforms_active():
+            raise RuntimeError(
+                "class means are a running state, which functions that torch.func transforms cannot write; take in the "
+                "batch outside of them, and inside use what spalign.functional has"
+            )
+        usable = not compiling and type(targets) is Tensor and targets.is_cpu and self._check_values(targets)
         if len(shape) > 2:
             features = features.movedim(1, -1).reshape(-1, dim)
             targets = targets.movedim(1, -1).reshape(-1, self.num_classes) if soft else targets.reshape(-1)
