@@ -8,6 +8,9 @@ Shapes: N samples, C classes, D feature dimensions. ``h_ND`` features, ``w_CD`` 
 unit vector. Inputs may be float16, bfloat16, float32 or float64; the maths is float32, or float64 where the weight, the
 means or the features being averaged into float64 means are.
 
+Derivatives are :mod:`torch.autograd`'s, of first order. Of :mod:`torch.func`, ``vmap`` of the pure functions works,
+where an update's state has the dimension that its features or targets have; its derivatives raise ``RuntimeError``.
+
 Equation numbers are those of *Space Alignment Matters*; where the printed formula is wrong the docstring says so.
 """
 
@@ -152,8 +155,15 @@ def _batch_statistics(batch: _Batch, num_classes: int) -> tuple[Tensor, Tensor]:
         with _no_autocast(h_ND):
             return batch.weight.t() @ h_ND, batch.weight.sum(0)
     h_ND = h_ND.mul_(batch.weight.unsqueeze(1))
-    sum_CD = h_ND.new_zeros(num_classes, h_ND.shape[1]).index_add_(0, batch.labels, h_ND)
-    return sum_CD, h_ND.new_zeros(num_classes).index_add_(0, batch.labels, batch.weight)
+    labels_N, parts = batch.labels, max(1, -(-len(h_ND) // max(host.MOST_IN_A_ROW, num_classes)))
+    if parts > 1:  # each adds up in rows of its own
+        labels_N = labels_N + num_classes * (torch.arange(len(h_ND), device=h_ND.device) * parts // len(h_ND))
+    sum_CD = h_ND.new_zeros(parts * num_classes, h_ND.shape[1]).index_add_(0, labels_N, h_ND)
+    weight_C = h_ND.new_zeros(parts * num_classes).index_add_(0, labels_N, batch.weight)
+    if parts > 1:
+        sum_CD = sum_CD.view(parts, num_classes, -1).sum(0, dtype=torch.float64).to(h_ND.dtype)
+        weight_C = weight_C.view(parts, num_classes).sum(0, dtype=torch.float64).to(h_ND.dtype)
+    return sum_CD, weight_C
 
 
 def class_statistics(
@@ -423,6 +433,11 @@ def update_class_means(
 
 def _apply(function: Any, *args: Any) -> Tensor:
     """``function.apply`` with a return type, which torch does not declare."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "torch.func differentiates what can be differentiated twice, but spalign has closed forms of the first "
+            "derivatives alone; use torch.autograd.grad, or spalign.functional.alignment_loss_and_grad"
+        )
     result: Tensor = function.apply(*args)
     return result
 
@@ -452,6 +467,8 @@ class _AttachFeatures(torch.autograd.Function):
 
 def attach_features(mean_CD: Tensor, features: Tensor, share: BatchShare) -> Tensor:
     """Return a copy of updated means (C, D) whose gradient flows to the features (N, D) that ``share`` came from."""
+    if not features.requires_grad:
+        return mean_CD.clone()
     return _apply(_AttachFeatures, mean_CD, features, share.rate, share.labels)
 
 
@@ -538,8 +555,9 @@ def _rows(
 
 def _masked_rows(w_CD: Tensor, d_CD: Tensor, inv_w_C: Tensor, inv_d_C: Tensor, wd_C: Tensor, valid_C: Tensor) -> _Rows:
     invalid_C = ~valid_C
-    inv_w_C, inv_d_C = inv_w_C.masked_fill_(invalid_C, 0.0), inv_d_C.masked_fill_(invalid_C, 0.0)
-    wd_C = wd_C.masked_fill_(invalid_C, 0.0)
+    # Not in place: under vmap some of these may not have the dimension that others have.
+    inv_w_C, inv_d_C = inv_w_C.masked_fill(invalid_C, 0.0), inv_d_C.masked_fill(invalid_C, 0.0)
+    wd_C = wd_C.masked_fill(invalid_C, 0.0)
     cos_C = (wd_C * inv_w_C * inv_d_C).clamp_(-1.0, 1.0)
     return _Rows(w_CD, d_CD, inv_w_C, inv_d_C, wd_C, cos_C, valid_C)
 
@@ -674,6 +692,9 @@ def alignment_loss(
     Returns:
         Scalar, float32 (float64 if the weight or the means are).
 
+    Raises:
+        ValueError: features without a share.
+
     Example:
         >>> import torch
         >>> w = torch.tensor([[0., 1.], [-1., 0.]], requires_grad=True)
@@ -681,6 +702,11 @@ def alignment_loss(
         >>> loss.item(), torch.autograd.grad(loss, w)[0].tolist()
         (0.5, [[-0.5, 0.0], [0.0, 0.0]])
     """
+    if features is not None and share is None:
+        raise ValueError(
+            f"features of shape {tuple(features.shape)} came without a share, expected both, or no gradient would "
+            "reach them; pass share=, what update_class_means_ returned for them"
+        )
     by_features = features is not None and share is not None and features.requires_grad
     moved_by = share if by_features else None
     terms = None
@@ -950,6 +976,9 @@ def project_gradient(
     Returns:
         (C, D) in the gradient's dtype.
 
+    Raises:
+        ValueError: ``radial`` is unknown.
+
     Example:
         >>> import torch
         >>> w, mean, seen = torch.tensor([[0., 1.], [-1., 0.]]), torch.tensor([[3., 0.], [1., 0.]]), torch.ones(2) > 0
@@ -957,6 +986,8 @@ def project_gradient(
         >>> project_gradient(g, w, mean, seen, gamma=0.5, radial="keep").tolist()
         [[1.0, 4.0], [0.0, 1.0]]
     """
+    if radial not in ("paper", "keep"):
+        raise ValueError(f"radial is {radial!r}, expected 'paper' (Eq. 20) or 'keep'")
     return _project(grad_CD, weight_CD, mean_CD, seen_C, center_D, gamma=gamma, radial=radial)
 
 

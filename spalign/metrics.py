@@ -321,8 +321,9 @@ class NeuralCollapse:
         """Forget every sample."""
         c, d = self.classifier.shape
         self._means.reset()
-        self._scatter = self._means.weight.new_zeros((c, d, d) if self.covariance else c)
-        self._agreement = self._means.weight.new_zeros(c, 2)  # samples that agree, and all those asked
+        with torch.inference_mode(False):  # where validation loops call this, and later ones write
+            self._scatter = self._means.weight.new_zeros((c, d, d) if self.covariance else c)
+            self._agreement = self._means.weight.new_zeros(c, 2)  # samples that agree, and all those asked
         self._empty = True
 
     @torch.no_grad()

@@ -90,7 +90,7 @@ class SpARegLoss(nn.Module):
             features, targets, usable = self.tracker._checked(features, targets)
             if self.training:
                 share = self.tracker._absorb(features, targets, usable, add_up=not together)
-        by_features = None if self.align == "classifier" else features
+        by_features = None if share is None or self.align == "classifier" else features
         if together:
             return functional._loss_by_kernels(
                 weight_CD, *state, by_features, share, of_state=True, write_sum=share is not None

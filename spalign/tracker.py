@@ -49,8 +49,12 @@ class ClassMeanTracker(nn.Module):
         mean: (C, D) float32 buffer; rows of unseen classes are zero.
         weight: (C,) float32 buffer, the total sample weight of each class; 0 marks an unseen class.
 
+    To set both by hand use ``load_state_dict({"mean": mean, "weight": weight})``: written into, they leave the sum of
+    the means behind, which ``center`` comes from.
+
     Raises:
-        ValueError: a size, the momentum or the feature dtype is out of range, or this rank is not in the group.
+        ValueError: a size, the momentum or the feature dtype is out of range, this rank is not in the group, or the
+            device has no float64.
 
     Several ranks: every rank calls the same number of times, with the same kind of targets (class indices, or soft
     labels, which always go by class sums); batches may be uneven or empty. A rank that raises an error alone leaves the
@@ -120,9 +124,16 @@ class ClassMeanTracker(nn.Module):
         self.batch_size = batch_size
         self.feature_dtype = feature_dtype
         self._group_name = distributed.group_name(process_group)
-        self.register_buffer("mean", torch.zeros(num_classes, feature_dim, device=device, dtype=torch.float32))
-        self.register_buffer("weight", torch.zeros(num_classes, device=device, dtype=torch.float32))
-        self.register_buffer("mean_sum", torch.zeros(feature_dim, device=device, dtype=torch.float64))
+        with torch.inference_mode(False):  # what is made in that mode cannot be written outside of it
+            self.register_buffer("mean", torch.zeros(num_classes, feature_dim, device=device, dtype=torch.float32))
+            self.register_buffer("weight", torch.zeros(num_classes, device=device, dtype=torch.float32))
+            try:
+                self.register_buffer("mean_sum", torch.zeros(feature_dim, device=device, dtype=torch.float64))
+            except TypeError as error:  # of Apple's MPS
+                raise ValueError(
+                    f"device is {self.mean.device}, which has no float64, expected one that has, for the sum of the "
+                    "class means; keep the classifier and this on the CPU or on CUDA"
+                ) from error
 
     @classmethod
     def for_classifier(
@@ -178,7 +189,9 @@ class ClassMeanTracker(nn.Module):
             features: (N, D) or, for dense prediction, (N, D, ...); any float dtype.
             targets: (N,) or (N, ...) integer class indices, or (N, C) or (N, C, ...) float soft labels. Of a soft
                 label each row's floor is ignored, so smoothing changes nothing; mixed samples count for each of their
-                classes by weight.
+                classes by weight. With momentum a class moves as far for a weight of 0.1 in the batch as for 100
+                samples, so the softmax of a teacher lets other classes wash over those absent from a batch: pass the
+                hard labels in distillation.
 
         Rows with a non-finite value, or too long for their squared length to be finite, and samples labelled
         ``ignore_index`` change nothing. So do labels outside [0, C) on accelerators, where checking them would wait for
@@ -208,10 +221,12 @@ class ClassMeanTracker(nn.Module):
             buffer.zero_()
 
     def train(self, mode: bool = True) -> Self:
-        """Set the training mode. Leaving it sums the class means afresh, which keeps rounding out of ``center``."""
-        if self.training and not mode:
-            with torch.no_grad():
-                self.mean_sum.copy_(self.mean.sum(0, dtype=torch.float64))
+        """Set the training mode. Leaving it sums the class means afresh, which keeps rounding out of ``center``.
+
+        Not where ranks share the means: one that validates alone would no longer hold the others' bits.
+        """
+        if self.training and not mode and distributed.world_size(self.process_group) == 1:
+            self._sum_means()
         return super().train(mode)
 
     def extra_repr(self) -> str:
@@ -234,13 +249,48 @@ class ClassMeanTracker(nn.Module):
             narrowed = out.dtype in _HALF or t is self.mean_sum
             return t.to(out.device) if narrowed and out.dtype != t.dtype else out
 
-        super()._apply(keep_precision, recurse)  # type: ignore[no-untyped-call]
+        with torch.inference_mode(False):
+            super()._apply(keep_precision, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def _state(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return means (C, D), weights (C,) and the sum of the means (D,)."""
         state: Any = self._buffers  # which is faster than a module's attributes
         return state["mean"], state["weight"], state["mean_sum"]
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Load, and sum the means afresh where their saved sum is missing or rounded, or they were rounded."""
+        dtypes = {"mean": self.mean.dtype, "weight": self.weight.dtype}
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        for name, dtype in dtypes.items():  # with assign=True
+            loaded: Tensor = getattr(self, name)
+            if loaded.dtype in _HALF:
+                setattr(self, name, loaded.to(dtype))
+        mean, mean_sum = state_dict.get(f"{prefix}mean"), state_dict.get(f"{prefix}mean_sum")
+        if mean is None or (mean_sum is not None and mean_sum.dtype is torch.float64 and mean.dtype is self.mean.dtype):
+            return
+        if mean_sum is None and f"{prefix}mean_sum" in missing_keys:
+            missing_keys.remove(f"{prefix}mean_sum")
+        self._sum_means()
+
+    @torch.no_grad()
+    def _sum_means(self) -> None:
+        sum_D = self.mean.sum(0, dtype=torch.float64)
+        if (self.mean_sum.dtype, self.mean_sum.device) == (sum_D.dtype, sum_D.device):
+            self.mean_sum.copy_(sum_D)
+        else:  # loaded with assign=True
+            self.mean_sum = sum_D
 
     def _geometry(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return what the functions of :mod:`spalign.functional` take: means (C, D), classes to align (C,), mu_G (D,).
@@ -251,7 +301,7 @@ class ClassMeanTracker(nn.Module):
         if kernels.can_read(mean_CD, weight_C, mean_sum_D):
             return mean_CD, *kernels.geometry(weight_C, mean_sum_D)
         seen_C = weight_C > 0
-        if type(seen_C) is Tensor and seen_C.is_cpu and not torch.compiler.is_compiling():
+        if type(seen_C) is Tensor and host.can_read(mean_CD) and not torch.compiler.is_compiling():
             count = np.count_nonzero(seen_C.numpy())
             center_D = torch.from_numpy((mean_sum_D.numpy() / max(count, 1)).astype(mean_CD.numpy().dtype))
             return mean_CD, seen_C if count > 1 else torch.zeros_like(seen_C), center_D
@@ -342,8 +392,13 @@ class ClassMeanTracker(nn.Module):
         if features.device != device or targets.device != device:
             self._check_device("features are", features)
             self._check_device("targets are", targets)
-        readable = type(targets) is Tensor and targets.is_cpu and not torch.compiler.is_compiling()
-        usable = readable and self._check_values(targets)
+        compiling = torch.compiler.is_compiling()
+        if not compiling and torch._C._are_functorch_transforms_active():
+            raise RuntimeError(
+                "class means are a running state, which functions that torch.func transforms cannot write; take in the "
+                "batch outside of them, and inside use what spalign.functional has"
+            )
+        usable = not compiling and type(targets) is Tensor and targets.is_cpu and self._check_values(targets)
         if len(shape) > 2:
             features = features.movedim(1, -1).reshape(-1, dim)
             targets = targets.movedim(1, -1).reshape(-1, self.num_classes) if soft else targets.reshape(-1)
@@ -351,6 +406,11 @@ class ClassMeanTracker(nn.Module):
 
     def _check_device(self, what: str, tensor: Tensor) -> None:
         if tensor.device != self.mean.device:
+            if self.mean.is_meta:
+                raise ValueError(
+                    f"{what} on {tensor.device} but the class means on meta, where they hold nothing, expected one "
+                    f"device; call .to_empty(device={str(tensor.device)!r}) on the tracker and then its reset()"
+                )
             raise ValueError(
                 f"{what} on {tensor.device} but the class means on {self.mean.device}, expected one device; move the "
                 f"tracker (or the loss that holds it) with .to({str(tensor.device)!r})"

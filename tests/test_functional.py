@@ -11,6 +11,7 @@ import torch
 from problems import Problem, make_batch, make_problem, rotation, to_bools, to_numpy
 from torch import Tensor
 
+import spalign
 from spalign import functional as F
 
 # float64 against float64: the two sides add up some tens of terms of size <= 10 in different orders.
@@ -59,6 +60,19 @@ def test_class_statistics_equals_the_reference(kind: str) -> None:
     want_sums, want_weights = reference.class_statistics(h.numpy(), targets.numpy(), 5)
     assert_close(sums, want_sums, **TIGHT)
     assert_close(weights, want_weights, **TIGHT)
+
+
+def test_class_statistics_of_a_large_batch_are_not_biased_by_rounding() -> None:
+    """A collapsed class of 400 000 pixels: equal terms round alike, so one after the other they are off by 2e-3."""
+    n, c = 450_000, 4
+    y = torch.where(torch.arange(n) % 9 < 8, 0, torch.arange(n) % (c - 1) + 1)
+    h = torch.full((n, 1), 1.1) + 0.3 * y.unsqueeze(1)
+    sums, weights = F.class_statistics(h, y, c)
+    count = np.bincount(y.numpy(), minlength=c)
+    np.testing.assert_array_equal(to_numpy(weights), count)
+    want = np.array([to_numpy(h)[y.numpy() == k].sum(0) for k in range(c)])
+    # At most 4096 roundings of 6e-8 that all go the same way, half as many on average.
+    np.testing.assert_allclose(to_numpy(sums), want, rtol=1.2e-4)
 
 
 def test_class_statistics_of_parts_add_up() -> None:
@@ -233,6 +247,65 @@ def test_second_derivatives_are_refused_or_right() -> None:
     assert not torch.equal(second, torch.full_like(second, 2.0)), "the loss had no part in the second derivative"
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of operations that vmap takes one by one
+def test_vmap_of_the_pure_functions_equals_a_loop() -> None:
+    p = make_problem(9)
+    weights, seen = torch.stack([p.w, 2 * p.w + 1]), torch.stack([p.seen, p.seen.flip(0)])
+    center = F.global_mean(p.mean, p.seen)
+    functions: dict[str, Any] = {
+        "loss": lambda w, s: F.alignment_loss(w, p.mean, s),
+        "loss with center": lambda w, s: F.alignment_loss(w, p.mean, s, center_D=center),
+        "gradient": lambda w, s: F.alignment_loss_and_grad(w, p.mean, s, center_D=center)[1],
+        "alignment": lambda w, s: F.alignment(w, p.mean, s),
+        "directions": F.directions,
+        "slerp": lambda w, s: F.slerp(w, p.mean, s, alpha=0.5, threshold=0.9).weight,
+        "projection": lambda w, s: F.project_gradient(p.g, w, p.mean, s, gamma=0.5),
+    }
+    for name, function in functions.items():
+        for dims in ((0, 0), (0, None), (None, 0)):
+            arguments = [x if dim == 0 else x[0] for x, dim in zip((weights, seen), dims, strict=True)]
+            got = torch.func.vmap(function, in_dims=dims)(*arguments)
+            for i in range(2):
+                one = [x[i] if dim == 0 else x[0] for x, dim in zip((weights, seen), dims, strict=True)]
+                torch.testing.assert_close(got[i], function(*one), **TIGHT, msg=f"{name} {dims}")
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of operations that vmap takes one by one
+@pytest.mark.parametrize("soft", [False, True])
+def test_vmap_of_the_pure_update_equals_a_loop(soft: bool) -> None:
+    batches = [make_batch(i, 12, 4, 5, torch.float64) for i in range(2)]
+    h, y = (torch.stack(x) for x in zip(*batches, strict=True))
+    targets = torch.softmax(4 * torch.eye(4, dtype=h.dtype)[y], 2) if soft else y
+    mean, weight = torch.randn(2, 4, 5, dtype=h.dtype), torch.ones(2, 4, dtype=h.dtype)
+    got = torch.func.vmap(F.update_class_means)(mean, weight, h, targets)
+    for i in range(2):
+        want = F.update_class_means(mean[i], weight[i], h[i], targets[i])
+        torch.testing.assert_close((got[0][i], got[1][i]), want, **TIGHT)
+
+
+def test_derivatives_of_torch_func_name_what_to_use_instead() -> None:
+    p = make_problem(9)
+    center = F.global_mean(p.mean, p.seen)
+    h, y = make_batch(0, 12, 6, 8)
+    spareg = spalign.SpARegLoss(p.w)
+    for loss, x in (
+        (lambda w: F.alignment_loss(w, p.mean, p.seen), p.w),
+        (lambda w: F.alignment_loss(w, p.mean, p.seen, center_D=center), p.w),
+        (lambda x: F.update_class_means(p.mean.float(), p.seen.float(), x, y)[0].sum(), h),
+    ):
+        with pytest.raises(RuntimeError, match=r"torch\.autograd\.grad"):
+            torch.func.grad(loss)(x)
+    with pytest.raises(RuntimeError, match=r"outside of them"):
+        torch.func.grad(lambda x: spareg(x, y))(h)
+    assert not spareg.tracker.seen.any()
+
+
+def test_features_go_with_their_share() -> None:
+    p = make_problem(9)
+    with pytest.raises(ValueError, match=r"\(12, 8\) came without a share.*update_class_means_"):
+        F.alignment_loss(p.w, p.mean, p.seen, features=torch.zeros(12, 8, requires_grad=True))
+
+
 def test_no_graph_where_nothing_asks_for_one() -> None:
     p = make_problem(8)
     assert not F.alignment_loss(p.w, p.mean, p.seen).requires_grad
@@ -295,6 +368,12 @@ def test_projection_equals_eqs_17_to_20(problem: Problem, gamma: float, radial: 
     center = F.global_mean(mean, seen)
     given = F.project_gradient(g, w, mean, seen, gamma=gamma, radial=radial, center_D=center)
     assert torch.equal(given, got)
+
+
+def test_an_unknown_radial_is_refused() -> None:
+    p = make_problem(9)
+    with pytest.raises(ValueError, match=r"radial is 'Paper', expected 'paper'.*'keep'"):
+        F.project_gradient(p.g, p.w, p.mean, p.seen, gamma=0.5, radial="Paper")  # type: ignore[arg-type]
 
 
 def test_projection_has_harmful_and_harmless_rows_in_the_test_problem() -> None:

@@ -68,6 +68,27 @@ def test_it_equals_the_way_of_other_devices(momentum: float | None, size: str, m
         assert torch.equal(here.weight, there.weight)
 
 
+@pytest.mark.parametrize("dim", [1, 12])
+@pytest.mark.parametrize("n", [60_000, 450_000])
+@pytest.mark.parametrize("block", [1 << 18, 24])
+def test_large_batches_are_not_biased_by_rounding(
+    dim: int, n: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A collapsed class that is most of a batch: equal terms round alike."""
+    monkeypatch.setattr(host, "_BLOCK", block)
+    c = 5
+    y = torch.where(torch.arange(n) % 9 < 8, 1, torch.arange(n) % c)
+    y[y == 3] = 4
+    h = torch.full((n, dim), 1.1) + 0.3 * y.unsqueeze(1)
+    tracker = spalign.ClassMeanTracker(c, dim)
+    tracker.update(h, y)
+    h_ND, labels = to_numpy(h), y.numpy()
+    want = np.array([h_ND[labels == k].mean(0) if (labels == k).any() else np.zeros(dim) for k in range(c)])
+    # At most 4096 roundings of 6e-8 that all go the same way, half as many on average.
+    np.testing.assert_allclose(to_numpy(tracker.mean), want, rtol=1.2e-4)
+    np.testing.assert_array_equal(to_numpy(tracker.weight), np.bincount(labels, minlength=c))
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_means_that_have_converged_do_not_drift_and_their_sum_stays_right(size: str) -> None:
     """A batch equal to the means moves nothing, bit for bit, however often; so the rates cannot bias the means."""

@@ -303,6 +303,24 @@ def test_it_follows_the_model_to_another_device_before_the_first_batch() -> None
     assert collapse.compute()["nc3"].device.type == "meta"
 
 
+def test_what_is_built_and_reset_in_inference_mode_works_outside() -> None:
+    """As validation loops do, of which others run under no_grad alone."""
+    fc, h, y = problem(1)
+    tracker = spalign.ClassMeanTracker.for_classifier(fc)
+    tracker.update(h, y)
+    with torch.inference_mode():
+        collapse = NeuralCollapse(fc, tracker)
+        collapse.update(h, y, fc(h))
+        collapse.reset()
+        collapse.update(h, y, fc(h))
+    collapse.update(h, y, fc(h))
+    alone = NeuralCollapse(fc, tracker)
+    for _ in range(2):
+        alone.update(h, y, fc(h))
+    got, want = collapse.compute(), alone.compute()
+    assert all(torch.equal(got[k], want[k]) for k in want)
+
+
 @pytest.mark.skipif(not PAGE.exists(), reason="the tests run without the documentation here")
 def test_the_page_s_lines_run() -> None:
     ran: dict[str, Any] = {}

@@ -350,6 +350,62 @@ def test_loading_writes_into_the_buffers() -> None:
     assert [b.data_ptr() for b in tracker.buffers()] == pointers
 
 
+@pytest.mark.parametrize("assign", [False, True])
+def test_means_set_by_hand_have_their_center(assign: bool) -> None:
+    """Many classes, whose sum is kept and not made afresh by each update: a wrong one would last."""
+    rng = torch.Generator().manual_seed(0)
+    mean, weight = torch.randn(400, 8, generator=rng) + 3.0, torch.ones(400)
+    mean[7], weight[7] = 0.0, 0.0  # not seen
+    tracker = spalign.ClassMeanTracker(400, 8)
+    tracker.load_state_dict({"mean": mean, "weight": weight}, assign=assign)
+    # One float32 rounding of numbers about 3.
+    np.testing.assert_allclose(to_numpy(tracker.center), to_numpy(mean)[to_bools(weight > 0)].mean(0), rtol=1e-6)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        tracker.load_state_dict({"mean_sum": tracker.mean_sum})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_checkpoint_of_fewer_bits_has_the_center_of_its_means(dtype: torch.dtype, assign: bool) -> None:
+    """The sum of 400 means of about 300 is beyond what float16 holds."""
+    first, tracker = (spalign.ClassMeanTracker(400, 8) for _ in range(2))
+    h, y = make_batch(0, 4000, 400, 8)
+    first.update(h + 300.0, y)
+    narrow = {k: v.to(dtype) for k, v in first.state_dict().items()}
+    tracker.load_state_dict(narrow, assign=assign)
+    assert [b.dtype for b in tracker.buffers()] == [torch.float32, torch.float32, torch.float64]
+    want = reference.global_mean(to_numpy(narrow["mean"]), to_bools(narrow["weight"] > 0))
+    # One float32 rounding.
+    np.testing.assert_allclose(to_numpy(tracker.center), want, rtol=1e-6)
+    tracker.update(h + 300.0, y)
+    assert tracker.mean.dtype == torch.float32
+
+
+def test_what_is_built_and_moved_in_inference_mode_works_outside() -> None:
+    with torch.inference_mode():
+        tracker = spalign.ClassMeanTracker(C, D)
+        double = spalign.ClassMeanTracker(C, D).double()
+    for one in (tracker, double):
+        one.update(*make_batch(0, 11, C, D))
+        h, y = make_batch(1, 11, C, D)
+        one(h.requires_grad_(), y).sum().backward()
+        assert h.grad is not None
+
+
+def test_a_device_without_float64_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch raises on Apple's MPS, which is not here."""
+    zeros = torch.zeros
+
+    def without_float64(*size: int, dtype: torch.dtype, **options: Any) -> Tensor:
+        if dtype is torch.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        return zeros(*size, dtype=dtype, **options)
+
+    monkeypatch.setattr(torch, "zeros", without_float64)
+    with pytest.raises(ValueError, match="device is cpu, which has no float64"):
+        spalign.ClassMeanTracker(C, D)
+
+
 @pytest.mark.parametrize("convert", ["half", "bfloat16", "to half", "to bfloat16", "float"])
 def test_narrow_conversions_leave_the_state_as_it_is(convert: str) -> None:
     tracker = fed_tracker()
@@ -382,6 +438,8 @@ def test_device_moves() -> None:
     tracker = spalign.ClassMeanTracker(C, D).half().to("meta")
     assert all(b.is_meta for b in tracker.buffers())
     assert tracker.mean.dtype == torch.float32
+    with pytest.raises(ValueError, match=r"class means on meta.*\.to_empty\(device='cpu'\).*reset\(\)"):
+        tracker.update(*make_batch(1, 11, C, D))
     tracker.to_empty(device="cpu").reset()
     tracker.update(*make_batch(1, 11, C, D))
     assert tracker.seen.any()

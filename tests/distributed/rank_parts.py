@@ -223,6 +223,25 @@ def half_means(rank: int, world: int, folder: Path) -> Results:
 
 
 @part(2, 4)
+def validation_on_one_rank(rank: int, world: int, folder: Path) -> Results:
+    """B8: the first rank alone leaves training mode; means that ranks share, and those of one alone."""
+    out: Results = {}
+    for name, group in (("shared", ...), ("local own", None)):
+        tracker = spalign.ClassMeanTracker(MANY, D, batch_size=N, process_group=group)
+        for step in range(20):
+            h, y = (share(t, rank, world) for t in batch(step, D, torch.float32, MANY))
+            tracker.update(h, y)
+        if rank == 0:
+            tracker.eval()
+            tracker.train()
+        out |= state(tracker, f"{name} validation")
+        exact = tracker.mean.double().sum(0)
+        # float32 rounding of 20 steps of O(1); that of one rank is summed afresh.
+        assert (tracker.mean_sum - exact).abs().max() <= (1e-5 if group is ... or rank else 0.0)
+    return out
+
+
+@part(2, 4)
 def group_means(rank: int, world: int, folder: Path) -> Results:
     """Return what trackers hold that share with nobody, or with half of the ranks."""
     half, _ = dist.new_subgroups(max(world // 2, 1))
