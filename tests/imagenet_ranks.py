@@ -8,6 +8,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partialmethod
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,14 @@ def fail_on_rank_1() -> None:
             raise RuntimeError("nobody expects it")
 
     Trainer._train_step = failing  # type: ignore[method-assign]
+
+
+def compile_to_graphs() -> None:
+    """Have modules compiled to whole graphs or not at all, which the eager backend then runs: in seconds."""
+    import torch
+
+    whole = torch.nn.Module.compile
+    torch.nn.Module.compile = partialmethod(whole, backend="aot_eager", fullgraph=True)  # type: ignore[assignment]
 
 
 class Ranks:

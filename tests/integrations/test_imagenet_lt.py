@@ -17,7 +17,17 @@ from typing import Any
 
 import pytest
 import torch
-from imagenet_ranks import COUNTS, EXAMPLES, SECONDS, Ranks, end_like_nccl, fail_on_rank_1, make_tree, options
+from imagenet_ranks import (
+    COUNTS,
+    EXAMPLES,
+    SECONDS,
+    Ranks,
+    compile_to_graphs,
+    end_like_nccl,
+    fail_on_rank_1,
+    make_tree,
+    options,
+)
 from packaging.version import Version
 from pretended_gpu import pretended_gpu
 from torch import Tensor
@@ -399,6 +409,15 @@ def test_between_an_epoch_s_first_and_last_step_nothing_waits_for_the_device(
         without = ("--deterministic", "--quiet")
         assert train([one for one in command("run", "--method", method, *arguments) if one not in without]) == 0
     assert waits == [[], []]
+
+
+def test_two_processes_train_compiled_as_they_do_otherwise(command: Callable[..., list[str]], tmp_path: Path) -> None:
+    """The backbone is one graph in every step, and the loss the same to float32 rounding over two steps."""
+    arguments = ("--spareg 0.3 --epochs 1 --batch-size 18",)
+    assert Ranks(command("plain", *arguments)).wait() == [0, 0]
+    assert Ranks(command("compiled", *arguments, "--compile"), prepare=compile_to_graphs).wait() == [0, 0]
+    (plain,), (compiled,) = records(tmp_path / "plain"), records(tmp_path / "compiled")
+    assert compiled["loss"] == pytest.approx(plain["loss"], rel=1e-4)
 
 
 @pytest.mark.skipif(Version(torch.__version__) < Version("2.7"), reason="FSDP2 of torch 2.6 does not run on the CPU")
