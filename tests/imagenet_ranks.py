@@ -69,7 +69,7 @@ def end_like_nccl() -> None:
     """Have the end of a process group wait for collectives that others are in, as NCCL does: here, without end."""
     import torch.distributed as dist
 
-    dist.destroy_process_group = lambda *_: time.sleep(SECONDS)  # type: ignore[assignment]
+    dist.destroy_process_group = lambda *_: time.sleep(SECONDS)
 
 
 def fail_on_rank_1() -> None:
@@ -84,7 +84,7 @@ def fail_on_rank_1() -> None:
         if self.world.rank == 1 and step == 1:
             raise RuntimeError("nobody expects it")
 
-    Trainer._train_step = failing  # type: ignore[method-assign]
+    Trainer._train_step = failing  # type: ignore[assignment, method-assign]
 
 
 def compile_to_graphs() -> None:

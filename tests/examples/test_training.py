@@ -324,7 +324,12 @@ def test_a_folder_is_free_once_its_process_has_gone_though_a_forked_one_lives(tm
     lock = FolderLock(tmp_path)
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe()
-    worker = context.Process(target=lambda: (there.send("up"), there.recv()))
+
+    def live() -> None:
+        there.send("up")
+        there.recv()
+
+    worker = context.Process(target=live)
     worker.start()
     try:
         assert here.recv() == "up"
