@@ -33,6 +33,7 @@ pytest.importorskip("torchvision", reason="torchvision is not installed: pip ins
 
 from longtail.imagenet import images, lists, loader
 from PIL import Image, ImageFilter
+from pretended_gpu import pretended_gpu
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHARED = REPOSITORY.parent / "shared" / "data"
@@ -858,6 +859,25 @@ def test_synthetic_evaluation_shows_every_class_alike() -> None:
 
 
 # --- decoding on the device -------------------------------------------------------------------------------------------
+
+
+def test_all_passes_copy_on_one_stream(tree: lists.ImageList, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The allocator keeps memory for the stream that used it: a stream for each pass would lose each one's batches."""
+    made: list[object] = []
+    loader._copy_stream.cache_clear()
+    with pretended_gpu():
+        stream = torch.cuda.Stream
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: made.append(device) or stream(device))
+        device = torch.device("cuda", 0)
+        shared: dict[str, Any] = {"resolution": R, "device": device, "workers": 0}
+        one = loader.TrainLoader(tree, loader.Plan(len(tree), 8), seed=3, kind="standard", **shared)
+        for epoch in range(2):
+            assert len(list(one.epoch(epoch))) == 3
+            assert len(list(loader.EvalLoader(tree, batch_size=8, **shared))) == 3
+        one.close()
+        monkeypatch.undo()
+    loader._copy_stream.cache_clear()
+    assert made == [device]
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from multiprocessing import resource_tracker
 from multiprocessing.util import Finalize
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
@@ -386,7 +386,7 @@ def _ahead(
         for item in items:
             yield tuple(move(batch) for batch in item)
         return
-    stream = torch.cuda.Stream(device)
+    stream = _copy_stream(device)
     waiting: tuple[LoadedStep, torch.cuda.Event] | None = None
     for item in items:
         with torch.cuda.stream(stream):
@@ -398,6 +398,12 @@ def _ahead(
         waiting = copied, event
     if waiting is not None:
         yield _arrived(*waiting, device)
+
+
+@cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream of a device's copies: memory that was used on one stream is not given to another."""
+    return torch.cuda.Stream(device)
 
 
 def _arrived(step: LoadedStep, event: torch.cuda.Event, device: torch.device) -> LoadedStep:
