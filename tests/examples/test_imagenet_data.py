@@ -606,11 +606,17 @@ def test_looks_are_those_of_the_seed_the_epoch_and_the_place(
         {"accumulate": 3},
         {"ranks": 2, "accumulate": 2, "workers": 1, "batch": 12},
         {"batch": 23},
+        {"piece": 3},
+        {"piece": 2, "ranks": 2, "workers": 2},
     ],
     ids=str,
 )
-def test_looks_depend_on_no_division(make_loader: MakeLoader, changed: dict[str, int]) -> None:
+def test_looks_depend_on_no_division(
+    make_loader: MakeLoader, changed: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = by_place(make_loader(), 2)
+    changed = dict(changed)
+    monkeypatch.setattr(loader, "PIECE", changed.pop("piece", loader.PIECE))
     found: Epoch = {}
     for rank in range(changed.get("ranks", 1)):
         of_rank = by_place(make_loader(**changed, rank=rank), 2)
@@ -633,6 +639,16 @@ def test_epoch_continues_in_the_middle_and_after_an_interruption(make_loader: Ma
     assert same(by_place(one, 0), expected)  # the same workers, one epoch later
     assert not same(by_place(one, 1), expected)
     assert list(one.epoch(1, first_step=one.plan.steps)) == []
+
+
+def test_workers_make_pieces_of_batches() -> None:
+    """A whole batch of 1,024 images takes a worker seconds, in which the first step of an epoch would wait."""
+    plan, order = loader.Plan(1000, 300, accumulate=2), loader.EpochOrder(1000)
+    steps = loader._requests(plan, order, None, 3, 0, 1)
+    assert [len(batch) for step in steps for batch in step] == [2] * 6  # of 125 images each
+    found = [request for step in steps for batch in step for request in batch]
+    assert max(len(request.indices[0]) for request in found) <= loader.PIECE
+    assert [i for request in found for i in request.indices[0]] == order.order(3, 0)[250:].tolist()
 
 
 def test_continuing_reads_nothing_of_earlier_steps(make_loader: MakeLoader, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -756,8 +772,12 @@ def test_arguments_that_do_not_fit_are_explained(tree: lists.ImageList) -> None:
 # --- evaluation -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("piece", [3, 64])
 @pytest.mark.parametrize(("ranks", "workers"), [(1, 0), (1, 2), (2, 0), (3, 1), (5, 0), (30, 0)])
-def test_every_image_is_evaluated_exactly_once(tree: lists.ImageList, ranks: int, workers: int) -> None:
+def test_every_image_is_evaluated_exactly_once(
+    tree: lists.ImageList, ranks: int, workers: int, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader, "PIECE", piece)
     transform = images.test_transform(R)
     found: dict[int, tuple[Tensor, Tensor]] = {}
     for rank in range(ranks):

@@ -9,6 +9,7 @@ Shapes: N images (of the list, or of a batch), R pixels a side, C classes.
 from __future__ import annotations
 
 import io
+import itertools
 import multiprocessing
 import signal
 import time
@@ -32,6 +33,7 @@ from .lists import ImageList
 T = TypeVar("T")
 Decode = Literal["cpu", "device"]
 
+PIECE = 64  # images that a worker makes at a time: smaller ones come sooner, and fewer images are under way
 _ORDER, _RESAMPLED = 0, 1  # streams of random numbers, and the loaders A and B that they are for
 
 
@@ -130,6 +132,12 @@ def _share(places: range, part: int, parts: int) -> range:
     return places[part * len(places) // parts : (part + 1) * len(places) // parts]
 
 
+def _pieces(places: range) -> list[range]:
+    """Divide a batch into what workers make at a time."""
+    parts = -(-len(places) // PIECE)
+    return [_share(places, part, parts) for part in range(parts)]
+
+
 class EpochOrder:
     """Which image comes at each place of an epoch: the same on every process and machine.
 
@@ -156,7 +164,7 @@ class EpochOrder:
 
 
 class _Request(NamedTuple):
-    """A micro-batch to make.
+    """A piece of a micro-batch to make.
 
     Attributes:
         epoch: from 0.
@@ -170,7 +178,7 @@ class _Request(NamedTuple):
 
 
 class _Encoded(NamedTuple):
-    """A micro-batch of files as they are, for a device that decodes.
+    """Files as they are, for a device that decodes.
 
     Attributes:
         request: what it answers.
@@ -186,7 +194,10 @@ class _Encoded(NamedTuple):
 
 
 class _TrainImages(Dataset[Any]):
-    """Makes micro-batches; what goes wrong is returned, because the loader would wrap what is raised in a traceback."""
+    """Makes pieces of micro-batches.
+
+    What goes wrong is returned, because the loader would wrap what is raised in a traceback.
+    """
 
     def __init__(self, images: ImageList, kind: Kind, resolution: int, seed: int, decode: Decode) -> None:
         self.images, self.seed, self.decode = images, seed, decode
@@ -318,7 +329,7 @@ class _Pipeline(Generic[T]):
         self._requests: _Requests[T] = _Requests()
         self._loader: DataLoader[Any] | None = DataLoader(
             dataset,
-            batch_size=None,  # a request is a whole batch
+            batch_size=None,  # a request is a batch
             sampler=self._requests,
             num_workers=workers,
             collate_fn=_same,
@@ -381,7 +392,10 @@ def _end_workers(running: list[Any]) -> None:
 def _ahead(
     items: Iterator[tuple[Any, ...]], device: torch.device, move: Callable[[Any], LoadedBatch]
 ) -> Iterator[LoadedStep]:
-    """Yield items on the device; on CUDA the next one is being copied, beside what the device computes."""
+    """Yield items, whose batches come in pieces, on the device.
+
+    On CUDA the next one is being copied, beside what the device computes.
+    """
     if device.type != "cuda":
         for item in items:
             yield tuple(move(batch) for batch in item)
@@ -415,8 +429,14 @@ def _arrived(step: LoadedStep, event: torch.cuda.Event, device: torch.device) ->
     return step
 
 
-def _moved(batch: LoadedBatch, device: torch.device) -> LoadedBatch:
-    looks, labels = (tuple(t.to(device, non_blocking=True) for t in tensors) for tensors in batch)
+def _joined(pieces: Sequence[LoadedBatch], device: torch.device) -> LoadedBatch:
+    """Put the pieces of a micro-batch together, on the device."""
+
+    def join(tensors: tuple[Tensor, ...]) -> Tensor:
+        moved = [tensor.to(device, non_blocking=True) for tensor in tensors]
+        return moved[0] if len(moved) == 1 else torch.cat(moved)
+
+    looks, labels = (tuple(map(join, zip(*tensors, strict=True))) for tensors in zip(*pieces, strict=True))
     return LoadedBatch(looks, labels)
 
 
@@ -434,7 +454,7 @@ class TrainLoader:
         resolution: R.
         device: where batches go.
         workers: processes that decode; 0 decodes in this one.
-        prefetch: micro-batches that each worker makes in advance.
+        prefetch: pieces of micro-batches, of `PIECE` images at most, that each worker makes in advance.
         other_weights_N: (N,) chances of loader B, proportional; for `glmc` alone.
         decode: "device" decodes JPEGs on a CUDA device; workers only read them.
 
@@ -491,23 +511,21 @@ class TrainLoader:
         Raises:
             BadImage: a file cannot be read; list, line and file are named.
         """
-        requests = [
-            _Request(epoch, places.start, indices)
-            for places, indices in _indices(self.plan, self._order, self._weights_N, self.seed, epoch, first_step)
-        ]
-        answers = self._pipeline.run(requests)
-        micro_batches = self.plan.accumulate
-        steps = (tuple(next(answers) for _ in range(micro_batches)) for _ in range(len(requests) // micro_batches))
+        requests = _requests(self.plan, self._order, self._weights_N, self.seed, epoch, first_step)
+        answers = self._pipeline.run([request for step in requests for batch in step for request in batch])
+        steps = (tuple(tuple(itertools.islice(answers, len(batch))) for batch in step) for step in requests)
         return _ahead(steps, self.device, self._move)
 
     def close(self) -> None:
         """End the workers."""
         self._pipeline.close()
 
-    def _move(self, batch: LoadedBatch | _Encoded) -> LoadedBatch:
-        if isinstance(batch, _Encoded):
-            batch = self._dataset.augment(batch.request, _decode_on(batch, self._dataset.images, self.device))
-        return _moved(batch, self.device)
+    def _move(self, pieces: Sequence[LoadedBatch | _Encoded]) -> LoadedBatch:
+        decoded = [self._decoded(piece) if isinstance(piece, _Encoded) else piece for piece in pieces]
+        return _joined(decoded, self.device)
+
+    def _decoded(self, piece: _Encoded) -> LoadedBatch:
+        return self._dataset.augment(piece.request, _decode_on(piece, self._dataset.images, self.device))
 
 
 def _decode_on(batch: _Encoded, images: ImageList, device: torch.device) -> list[Tensor]:
@@ -541,16 +559,21 @@ def _check_kind(kind: Kind, other_weights_N: Tensor | None, num_images: int) -> 
         raise ValueError(f"other_weights_N has shape {tuple(other_weights_N.shape)}; expected ({num_images},)")
 
 
-def _indices(
+def _requests(
     plan: Plan, order: EpochOrder, weights_N: Tensor | None, seed: int, epoch: int, first_step: int
-) -> Iterator[tuple[range, tuple[tuple[int, ...], ...]]]:
-    """Yield places and images (loader by loader) of this process's micro-batches."""
+) -> list[list[list[_Request]]]:
+    """Return the pieces of this process's micro-batches, step by step."""
     orders = [order.order(seed, epoch)]
     if weights_N is not None:
         orders.append(order.resampled(weights_N, seed, epoch))
-    for step in range(first_step, plan.steps):
-        for places in plan.parts(step):
-            yield places, tuple(tuple(one[places.start : places.stop].tolist()) for one in orders)
+
+    def request(places: range) -> _Request:
+        return _Request(epoch, places.start, tuple(tuple(one[places.start : places.stop].tolist()) for one in orders))
+
+    return [
+        [[request(piece) for piece in _pieces(places)] for places in plan.parts(step)]
+        for step in range(first_step, plan.steps)
+    ]
 
 
 class EvalLoader:
@@ -583,7 +606,7 @@ class EvalLoader:
     ) -> None:
         self.device = device
         mine = range(rank, len(images), ranks)
-        self._requests = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
+        self._batches = [_pieces(mine[i : i + batch_size]) for i in range(0, len(mine), batch_size)]
         self._pipeline: _Pipeline[range] = _Pipeline(
             _EvalImages(images, resolution),
             workers=workers,
@@ -594,12 +617,13 @@ class EvalLoader:
 
     def __len__(self) -> int:
         """Return the number of batches."""
-        return len(self._requests)
+        return len(self._batches)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield images (N, 3, R, R) uint8 and labels (N,) int64 on the device."""
-        batches = ((batch,) for batch in self._pipeline.run(self._requests))
-        for (batch,) in _ahead(batches, self.device, partial(_moved, device=self.device)):
+        answers = self._pipeline.run([piece for pieces in self._batches for piece in pieces])
+        batches = ((tuple(itertools.islice(answers, len(pieces))),) for pieces in self._batches)
+        for (batch,) in _ahead(batches, self.device, partial(_joined, device=self.device)):
             yield batch.looks[0], batch.labels[0]
 
 
