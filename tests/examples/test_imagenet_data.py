@@ -18,6 +18,7 @@ import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 from unittest import mock
@@ -716,6 +717,33 @@ def test_close_ends_workers_in_the_middle_of_an_epoch(make_loader: MakeLoader) -
         next(one.epoch(1))
 
 
+LEFT_OPEN = """
+import sys
+from pathlib import Path
+import torch
+from longtail.imagenet import lists, loader
+
+tree = lists.read_list(Path(sys.argv[1]), Path(sys.argv[1]).parent)
+shared = {"seed": 0, "kind": "standard", "resolution": 32, "device": torch.device("cpu"), "workers": 1}
+one = loader.TrainLoader(tree, loader.Plan(len(tree), 8), **shared)
+print(len(list(one.epoch(0))))
+"""
+
+
+def test_a_loader_that_is_left_open_does_not_keep_python_from_ending(tree: lists.ImageList) -> None:
+    path = os.pathsep.join([str(REPOSITORY / "examples"), str(REPOSITORY), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", LEFT_OPEN, str(tree.path)],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "3\n"), done.stderr
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # PyTorch's, of its half-made iterator
 def test_workers_of_a_loader_that_fails_to_start_end(make_loader: MakeLoader, monkeypatch: pytest.MonkeyPatch) -> None:
     """They ignore SIGTERM, so Python would wait for them at its exit for ever."""
@@ -734,6 +762,33 @@ def test_workers_of_a_loader_that_fails_to_start_end(make_loader: MakeLoader, mo
         alive = worker.is_alive()
         worker.kill()
         assert not alive
+
+
+def test_workers_without_shared_memory_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """16 workers x 2 pieces of 64 images of 224 pixels are 308 MB, and a container has 64 MiB unless told otherwise."""
+    usage = mock.Mock(return_value=mock.Mock(total=64 * 2**20))
+    monkeypatch.setattr("shutil.disk_usage", usage)
+    check = partial(loader.check_shared_memory, 1024, 1, 224, folder=tmp_path)
+    with pytest.raises(ValueError, match=r"holds 67 MB, but 1 processes with --workers 16 have up to 308 MB .*=1g"):
+        check(workers=16, processes=1)
+    usage.return_value.total = 8 * 1024**3
+    check(workers=16, processes=8)
+    check(workers=0, processes=8)
+    with pytest.raises(ValueError, match=r"up to 9,865 MB .* --shm-size=20g\) or use fewer --workers"):
+        loader.check_shared_memory(120, 4, 224, workers=16, processes=8, folder=tmp_path)
+    loader.check_shared_memory(15, 4, 224, workers=16, processes=8, folder=tmp_path)
+    loader.check_shared_memory(120, 4, 224, workers=16, processes=8, folder=tmp_path / "missing")
+
+
+def test_shared_memory_that_runs_out_ends_the_epoch(make_loader: MakeLoader, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread of the worker's would fail instead, where nobody hears it."""
+
+    def full(tensor: Tensor) -> Tensor:
+        raise RuntimeError("No space left on device")
+
+    monkeypatch.setattr(Tensor, "share_memory_", full)
+    with pytest.raises(RuntimeError, match="No space left on device"):
+        next(make_loader(workers=1).epoch(0))
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -26,6 +26,7 @@ pytest.importorskip("longtail", reason="the examples are not here")
 
 import imagenet as benchmark
 import imagenet_lt
+from longtail.imagenet import loader
 from longtail.imagenet.engine import synthetic_lists
 from longtail.imagenet.lists import class_counts, read_list
 from longtail.imagenet.networks import NETWORKS
@@ -85,7 +86,7 @@ def test_there_are_commands_for_one_gpu_one_machine_and_two() -> None:
 
 def test_every_option_exists() -> None:
     slurm = {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--time", "--signal", "--requeue"}
-    known = {*slurm, "--open-mode"}
+    known = {*slurm, "--open-mode", "--shm-size"}
     for parser in (imagenet_lt.build_parser(), get_args_parser(), benchmark.build_parser()):
         known.update(option for action in parser._actions for option in action.option_strings)
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", TEXT))
@@ -197,6 +198,16 @@ def test_memory_follows_from_the_sizes() -> None:
     ]
     words = " ".join(TEXT.split())
     assert [sentence for sentence in found if sentence not in words] == []
+
+
+def test_shared_memory_follows_from_what_workers_make_in_advance() -> None:
+    piece, process = loader.PIECE, 16 * loader.PREFETCH * 3 * 224**2 / 1e9
+    # GLMC's batches are divided into equal pieces.
+    glmc = 8 * process * max(map(len, loader._pieces(range(RECIPES["glmc"].batch_size)))) * 4
+    words = " ".join(TEXT.split())
+    assert f"up to {loader.PREFETCH} pieces of {piece} images" in words
+    assert f"{1e3 * process * piece:.0f} MB a process, {8 * process * piece:.1f} GB for the eight" in words
+    assert f"GLMC's four looks are {glmc:.1f} GB" in words
 
 
 def test_times_follow_from_the_sizes() -> None:

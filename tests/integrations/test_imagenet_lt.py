@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -450,6 +451,23 @@ def test_what_a_kill_leaves_of_a_checkpoint_is_not_gone_on_from(
     half.mkdir()
     assert train(command("run", "--resume --checkpoint-steps 0")) == 0
     assert [record["epoch"] for record in records(tmp_path / "run")] == [1, 2, 3]
+
+
+def test_workers_that_shared_memory_cannot_serve_are_refused(
+    command: Callable[..., list[str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Before anything is written, and for all processes of the machine."""
+    if not Path("/dev/shm").is_dir():
+        pytest.skip("this system has its shared memory elsewhere")
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(total=10**6))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert train(command("run", "--workers 3 --method glmc")) == 2
+    # 12 images x 4 looks of 3 x 32 x 32, for 3 workers twice, in 4 processes.
+    assert "4 processes with --workers 3 have up to 4 MB" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import itertools
 import multiprocessing
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,13 +20,14 @@ from dataclasses import dataclass
 from functools import cache, partial
 from multiprocessing import resource_tracker
 from multiprocessing.util import Finalize
+from pathlib import Path
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from .images import Kind, decode, draw_seed, seeded, test_transform, training_transform
 from .lists import ImageList
@@ -33,6 +35,7 @@ from .lists import ImageList
 T = TypeVar("T")
 Decode = Literal["cpu", "device"]
 
+PREFETCH = 2  # requests that each worker has in advance
 PIECE = 64  # images that a worker makes at a time: smaller ones come sooner, and fewer images are under way
 _ORDER, _RESAMPLED = 0, 1  # streams of random numbers, and the loaders A and B that they are for
 
@@ -298,8 +301,47 @@ def _sigterm_later() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _same(batch: T) -> T:
-    return batch
+def _handed_over(answer: T) -> T:
+    """Put a worker's tensors into shared memory.
+
+    The queue to the main process does so too, but where there is too little, a thread of its drops them, and the main
+    process waits for ever.
+    """
+    if get_worker_info() is not None:
+        held = (*answer.looks, *answer.labels) if isinstance(answer, LoadedBatch) else answer
+        for tensor in held if isinstance(held, tuple) else ():
+            if isinstance(tensor, Tensor):
+                tensor.share_memory_()
+    return answer
+
+
+def check_shared_memory(
+    images: int, looks: int, resolution: int, *, workers: int, processes: int, folder: Path = Path("/dev/shm")
+) -> None:
+    """Refuse workers that have more pixels ready at once than their machine's shared memory takes.
+
+    Args:
+        images: of the largest batch.
+        looks: at each image.
+        resolution: R.
+        workers: of each process.
+        processes: on this machine.
+        folder: where shared memory is; what some systems lack is not looked at.
+
+    Raises:
+        ValueError: it is too little.
+    """
+    if not workers or not folder.is_dir():
+        return
+    # All of it counts, not what is free: a run that died has not yet given its own back when the next one starts.
+    there = shutil.disk_usage(folder).total
+    needed = min(images, PIECE) * looks * 3 * resolution**2 * workers * PREFETCH * processes
+    if needed > there:
+        raise ValueError(
+            f"{folder} holds {there / 1e6:,.0f} MB, but {processes} processes with --workers {workers} have up to "
+            f"{needed / 1e6:,.0f} MB of images ready there: make it larger (of a container, --shm-size="
+            f"{-(-2 * needed // 10**9)}g) or use fewer --workers"
+        )
 
 
 # --- onto the device --------------------------------------------------------------------------------------------------
@@ -332,7 +374,7 @@ class _Pipeline(Generic[T]):
             batch_size=None,  # a request is a batch
             sampler=self._requests,
             num_workers=workers,
-            collate_fn=_same,
+            collate_fn=_handed_over,
             pin_memory=pin_memory,
             prefetch_factor=prefetch if workers else None,
             persistent_workers=self._persistent,
@@ -341,8 +383,9 @@ class _Pipeline(Generic[T]):
             generator=torch.Generator(),  # or every epoch would move the global one on
         )
         self._running: list[Any] = []
-        # At exit, multiprocessing would send workers a SIGTERM and wait for them: before that, they are told to end.
-        self._end = Finalize(self, _end_workers, (self._running,), exitpriority=0)
+        # At exit, multiprocessing would send workers a SIGTERM and wait for them: before that, and before the queues to
+        # them are closed, at priority 10, they are told to end.
+        self._end = Finalize(self, _end_workers, (self._running,), exitpriority=20)
 
     def run(self, requests: Sequence[T]) -> Iterator[Any]:
         """Yield the answers in order.
@@ -475,7 +518,7 @@ class TrainLoader:
         resolution: int,
         device: torch.device,
         workers: int,
-        prefetch: int = 2,
+        prefetch: int = PREFETCH,
         other_weights_N: Tensor | None = None,
         decode: Decode = "cpu",
     ) -> None:
@@ -610,7 +653,7 @@ class EvalLoader:
         self._pipeline: _Pipeline[range] = _Pipeline(
             _EvalImages(images, resolution),
             workers=workers,
-            prefetch=2,
+            prefetch=PREFETCH,
             persistent=False,
             pin_memory=device.type == "cuda",
         )
