@@ -804,6 +804,24 @@ def test_waiting_is_counted(make_loader: MakeLoader, workers: int, monkeypatch: 
     assert one.waited_seconds == 0.0
 
 
+@pytest.mark.filterwarnings("ignore:.*TorchVision are deprecated")
+def test_decoding_in_this_process_counts_as_waiting(make_loader: MakeLoader, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host decodes and augments between the steps, and a GPU may starve meanwhile. On the CPU, as a stand-in."""
+    one = make_loader("standard")
+    one._dataset.decode = "device"
+    clock = mock.Mock(side_effect=itertools.count().__next__)
+    monkeypatch.setattr("time.perf_counter", clock)
+    whole = loader._decode_on
+
+    def slow(*args: Any) -> list[Tensor]:
+        clock.side_effect = itertools.count(clock() + 10_000).__next__
+        return whole(*args)
+
+    monkeypatch.setattr(loader, "_decode_on", slow)
+    assert len(list(one.epoch(0))) == 3
+    assert 30_000 <= one.waited_seconds < 31_000
+
+
 def test_arguments_that_do_not_fit_are_explained(tree: lists.ImageList) -> None:
     def make(num_images: int = 23, **options: Any) -> None:
         loader.TrainLoader(

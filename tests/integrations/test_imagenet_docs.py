@@ -28,12 +28,14 @@ import imagenet as benchmark
 import imagenet_lt
 from longtail.imagenet import loader
 from longtail.imagenet.engine import synthetic_lists
+from longtail.imagenet.images import seeded, training_transform
 from longtail.imagenet.lists import class_counts, read_list
 from longtail.imagenet.networks import NETWORKS
 from longtail.imagenet.recipes import METHOD_RECIPES, RECIPES
 from longtail.imagenet.table import read_results, report, table
 from torch._subclasses import FakeTensorMode
 from torch.distributed.run import get_args_parser
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -208,6 +210,30 @@ def test_shared_memory_follows_from_what_workers_make_in_advance() -> None:
     assert f"up to {loader.PREFETCH} pieces of {piece} images" in words
     assert f"{1e3 * process * piece:.0f} MB a process, {8 * process * piece:.1f} GB for the eight" in words
     assert f"GLMC's four looks are {glmc:.1f} GB" in words
+
+
+def test_operations_of_a_look_on_the_device() -> None:
+    class Count(TorchDispatchMode):
+        operations = 0
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.operations += not function.is_view
+            return function(*args, **(kwargs or {}))
+
+    words = " ".join(TEXT.split())
+    listed = re.search(r"about (\d+) operations a look, for GLMC about (\d+)\. At 5 µs", words)
+    assert listed is not None
+    image = torch.randint(256, (3, 96, 128), dtype=torch.uint8)
+    for kind, about in zip(("standard", "glmc"), map(int, listed.groups()), strict=True):
+        transform = training_transform(kind, 64)
+        with Count() as count:
+            for place in range(40):
+                with seeded(0, 0, place, 0, 0):
+                    transform(image)
+        assert abs(count.operations / 40 - about) < 5, kind  # of versions, and of what chance leaves out
+    standard, glmc = (5e-6 * int(operations) for operations in listed.groups())
+    assert f"{1e3 * standard:.2f} ms an image, so {1 / standard:,.0f} images/s" in words
+    assert f"and {1 / (4 * glmc):.0f} with GLMC's four looks" in words
 
 
 def test_times_follow_from_the_sizes() -> None:

@@ -502,7 +502,7 @@ class TrainLoader:
         decode: "device" decodes JPEGs on a CUDA device; workers only read them.
 
     Attributes:
-        waited_seconds: how long `next` has waited for data so far; may be set to 0.
+        waited_seconds: how long `next` has waited for data so far, or decoded and augmented it itself; may be set to 0.
 
     Raises:
         ValueError: the arguments do not fit each other.
@@ -564,7 +564,10 @@ class TrainLoader:
         self._pipeline.close()
 
     def _move(self, pieces: Sequence[LoadedBatch | _Encoded]) -> LoadedBatch:
+        start = time.perf_counter()
         decoded = [self._decoded(piece) if isinstance(piece, _Encoded) else piece for piece in pieces]
+        if self._dataset.decode == "device":  # the host's time for it
+            self.waited_seconds += time.perf_counter() - start
         return _joined(decoded, self.device)
 
     def _decoded(self, piece: _Encoded) -> LoadedBatch:
