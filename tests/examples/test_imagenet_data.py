@@ -959,8 +959,13 @@ def test_all_passes_copy_on_one_stream(tree: lists.ImageList, monkeypatch: pytes
     made: list[object] = []
     loader._copy_stream.cache_clear()
     with pretended_gpu():
-        stream = torch.cuda.Stream
-        monkeypatch.setattr(torch.cuda, "Stream", lambda device: made.append(device) or stream(device))
+        stream: Any = torch.cuda.Stream
+
+        def recorded(device: torch.device) -> Any:
+            made.append(device)
+            return stream(device)
+
+        monkeypatch.setattr(torch.cuda, "Stream", recorded)
         device = torch.device("cuda", 0)
         shared: dict[str, Any] = {"resolution": R, "device": device, "workers": 0}
         one = loader.TrainLoader(tree, loader.Plan(len(tree), 8), seed=3, kind="standard", **shared)

@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ import imagenet as benchmark
 import imagenet_lt
 from longtail.imagenet import loader
 from longtail.imagenet.engine import synthetic_lists
-from longtail.imagenet.images import seeded, training_transform
+from longtail.imagenet.images import Kind, seeded, training_transform
 from longtail.imagenet.lists import class_counts, read_list
 from longtail.imagenet.networks import NETWORKS
 from longtail.imagenet.recipes import METHOD_RECIPES, RECIPES
@@ -83,7 +83,8 @@ def test_there_are_commands_for_one_gpu_one_machine_and_two() -> None:
     assert any(text.startswith("python examples/imagenet_lt.py --data-dir") for text in texts)
     assert any("--standalone --nproc-per-node 8" in text for text in texts)
     assert any(text.startswith("torchrun --nnodes 2") for text in texts)
-    assert any(text.startswith("srun torchrun") for text in texts)
+    # Since Slurm 22.05, srun no longer takes the number of CPUs from the batch script.
+    assert any(text.startswith("srun --cpus-per-task=$SLURM_CPUS_PER_TASK torchrun") for text in texts)
 
 
 def test_every_option_exists() -> None:
@@ -224,9 +225,9 @@ def test_operations_of_a_look_on_the_device() -> None:
     listed = re.search(r"about (\d+) operations a look, for GLMC about (\d+)\. At 5 µs", words)
     assert listed is not None
     image = torch.randint(256, (3, 96, 128), dtype=torch.uint8)
-    for kind, about in zip(("standard", "glmc"), map(int, listed.groups()), strict=True):
+    for kind, about in zip(get_args(Kind), map(int, listed.groups()), strict=True):
         transform = training_transform(kind, 64)
-        with Count() as count:
+        with Count() as count:  # type: ignore[no-untyped-call]
             for place in range(40):
                 with seeded(0, 0, place, 0, 0):
                     transform(image)

@@ -320,6 +320,24 @@ def test_between_an_epoch_s_first_and_last_step_nothing_waits_for_the_device(
     assert waits == [[], []]
 
 
+def test_a_compiled_run_equals_an_eager_one(
+    command: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one graph for each batch size of training and of evaluation, by a compiler that leaves operations alone."""
+    whole, frames = torch.nn.Module.compile, []
+
+    def recorded(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        frames.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **how: whole(module, backend=recorded, **how))
+    arguments = ("--spareg 0.3 --spaslerp --spaproj", "--epochs 2")
+    for run, more in (("eager", ""), ("compiled", "--compile")):
+        assert train(command(run, *arguments, more)) == 0
+    assert_same(tmp_path / "eager", tmp_path / "compiled")
+    assert len(frames) == 3
+
+
 @pytest.mark.skipif(Version(torch.__version__) < Version("2.7"), reason="FSDP2 of torch 2.6 does not run on the CPU")
 def test_sharded_training_equals_replicated_and_its_checkpoint_is_read_without_sharding(
     command: Callable[..., list[str]], tmp_path: Path
@@ -389,6 +407,8 @@ BAD = {
     "glmc mixes": ("--method glmc --mixup 0.2", "--mixup 0.2 is not for glmc"),
     "fsdp": ("--fsdp", "start with torchrun"),
     "fsdp fp16": ("--fsdp --amp fp16", "use --amp bf16"),
+    "fsdp compiled": ("--fsdp --compile", "--compile with --fsdp, which gathers parameters"),
+    "sync bn compiled": ("--sync-bn --compile", "--compile with --sync-bn, which exchanges statistics"),
     "sync bn": ("--sync-bn", "--sync-bn works on GPUs alone"),
     "resume": ("--resume --overwrite", "leave one out"),
     "batches": ("--batch-size 2 --accumulate 2", "batch normalisation needs 2"),

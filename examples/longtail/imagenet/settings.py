@@ -125,6 +125,10 @@ class ImageNetSettings:
             raise ValueError("--schedule glmc-published is a warm-up's quirk: set --warmup-epochs, published 10")
         if self.fsdp and self.amp == "fp16":
             raise ValueError("--fsdp with --amp fp16 would see each rank's overflows alone: use --amp bf16 or off")
+        if self.compile and (self.fsdp or self.sync_bn):
+            option = "--fsdp" if self.fsdp else "--sync-bn"
+            reason = "gathers parameters before every block" if self.fsdp else "exchanges statistics in every layer"
+            raise ValueError(f"--compile with {option}, which {reason}, would mostly run uncompiled: leave one out")
 
     def outcome(self) -> dict[str, Any]:
         """Return the options that decide the outcome, by the names that the command line uses, as plain values."""
