@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -42,6 +43,7 @@ import imagenet_lt
 from longtail.baseline import Batch
 from longtail.ce import CrossEntropy
 from longtail.etf_dr import EtfDotRegression
+from longtail.imagenet import loader
 from longtail.imagenet.engine import EpochDraws, Trainer
 from longtail.imagenet.loader import Plan, TrainLoader
 from longtail.parallel import World, _launch
@@ -408,6 +410,7 @@ def test_between_an_epoch_s_first_and_last_step_nothing_waits_for_the_device(
         arguments = (METHODS[method], "--device cuda --accumulate 2 --clip-norm 1 --checkpoint-steps 0 --epochs 2")
         without = ("--deterministic", "--quiet")
         assert train([one for one in command("run", "--method", method, *arguments) if one not in without]) == 0
+    loader._copy_stream.cache_clear()  # of no use to a real GPU
     assert waits == [[], []]
 
 
@@ -418,6 +421,24 @@ def test_two_processes_train_compiled_as_they_do_otherwise(command: Callable[...
     assert Ranks(command("compiled", *arguments, "--compile"), prepare=compile_to_graphs).wait() == [0, 0]
     (plain,), (compiled,) = records(tmp_path / "plain"), records(tmp_path / "compiled")
     assert compiled["loss"] == pytest.approx(plain["loss"], rel=1e-4)
+
+
+def test_a_compiled_run_equals_an_eager_one(
+    command: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one graph for each batch size of training and of evaluation, by a compiler that leaves operations alone."""
+    whole, frames = torch.nn.Module.compile, []
+
+    def recorded(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        frames.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **how: whole(module, backend=recorded, **how))
+    arguments = ("--spareg 0.3 --spaslerp --spaproj", "--epochs 2")
+    for run, more in (("eager", ""), ("compiled", "--compile")):
+        assert train(command(run, *arguments, more)) == 0
+    assert_same(tmp_path / "eager", tmp_path / "compiled")
+    assert len(frames) == 3
 
 
 @pytest.mark.skipif(Version(torch.__version__) < Version("2.7"), reason="FSDP2 of torch 2.6 does not run on the CPU")
@@ -573,6 +594,23 @@ def test_what_a_kill_leaves_of_a_checkpoint_is_not_gone_on_from(
     half.mkdir()
     assert train(command("run", "--resume --checkpoint-steps 0")) == 0
     assert [record["epoch"] for record in records(tmp_path / "run")] == [1, 2, 3]
+
+
+def test_workers_that_shared_memory_cannot_serve_are_refused(
+    command: Callable[..., list[str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Before anything is written, and for all processes of the machine."""
+    if not Path("/dev/shm").is_dir():
+        pytest.skip("this system has its shared memory elsewhere")
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(total=10**6))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert train(command("run", "--workers 3 --method glmc")) == 2
+    # 12 images x 4 looks of 3 x 32 x 32, for 3 workers twice, in 4 processes.
+    assert "4 processes with --workers 3 have up to 4 MB" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,7 +33,16 @@ from ..sharded import full_weights, load_sharded, newest_checkpoint, read_state,
 from ..training import Run
 from .images import Normalise
 from .lists import ImageList, class_counts, read_list, scan, shot_groups
-from .loader import EpochOrder, EvalLoader, LoadedBatch, Plan, SyntheticEvalLoader, SyntheticLoader, TrainLoader
+from .loader import (
+    EpochOrder,
+    EvalLoader,
+    LoadedBatch,
+    Plan,
+    SyntheticEvalLoader,
+    SyntheticLoader,
+    TrainLoader,
+    check_shared_memory,
+)
 from .methods import balances_batch, build, glmc_options
 from .settings import ImageNetSettings
 
@@ -100,6 +110,8 @@ class Trainer(Run):
         counts = class_counts(self.train_images.labels_N, self.num_classes)
         with world.together():
             self.plan = Plan(len(self.train_images), recipe.batch_size, world.size, world.rank, settings.accumulate)
+            self.eval_batch_size = max(2, min(256, recipe.batch_size))
+            self._check_memory()
             torch.manual_seed(settings.seed)
             baseline, backbone = build(settings, counts, self._place)
         self.spread = Spread(world, baseline, backbone.blocks(), fsdp=settings.fsdp)
@@ -152,6 +164,19 @@ class Trainer(Run):
             name: scan(images, level=settings.scan, workers=workers, **skip)  # type: ignore[arg-type]
             for name, images in lists.items()
         }
+
+    def _check_memory(self) -> None:
+        settings = self.settings
+        if settings.data == "files":
+            # Files in place of pixels are of much the same size.
+            looks = 1 if settings.method != "glmc" else 4 if settings.decode == "cpu" else 2
+            check_shared_memory(
+                max(self.plan.largest_part, self.eval_batch_size),
+                looks,
+                settings.recipe.resolution,
+                workers=settings.workers,
+                processes=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+            )
 
     def _place(self, model: nn.Module) -> nn.Module:
         model.to(self.device)
@@ -281,7 +306,7 @@ class Trainer(Run):
         shared: dict[str, Any] = {
             "rank": world.rank,
             "ranks": world.size,
-            "batch_size": max(2, min(256, settings.recipe.batch_size)),
+            "batch_size": self.eval_batch_size,
             "resolution": settings.recipe.resolution,
             "device": self.device,
         }
