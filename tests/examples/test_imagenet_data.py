@@ -768,16 +768,16 @@ def test_workers_without_shared_memory_are_refused(tmp_path: Path, monkeypatch: 
     """16 workers x 2 pieces of 64 images of 224 pixels are 308 MB, and a container has 64 MiB unless told otherwise."""
     usage = mock.Mock(return_value=mock.Mock(total=64 * 2**20))
     monkeypatch.setattr("shutil.disk_usage", usage)
-    check = partial(loader.check_shared_memory, 1024, 1, 224, folder=tmp_path)
+    check = partial(loader.check_shared_memory, [(1024, 1), (256, 1)], 224, folder=tmp_path)
     with pytest.raises(ValueError, match=r"holds 67 MB, but 1 processes with --workers 16 have up to 308 MB .*=1g"):
         check(workers=16, processes=1)
     usage.return_value.total = 8 * 1024**3
     check(workers=16, processes=8)
     check(workers=0, processes=8)
-    with pytest.raises(ValueError, match=r"up to 9,865 MB .* --shm-size=20g\) or use fewer --workers"):
-        loader.check_shared_memory(120, 4, 224, workers=16, processes=8, folder=tmp_path)
-    loader.check_shared_memory(15, 4, 224, workers=16, processes=8, folder=tmp_path)
-    loader.check_shared_memory(120, 4, 224, workers=16, processes=8, folder=tmp_path / "missing")
+    with pytest.raises(ValueError, match=r"up to 9,248 MB .* --shm-size=19g\) or use fewer --workers"):
+        loader.check_shared_memory([(120, 4), (256, 1)], 224, workers=16, processes=8, folder=tmp_path)
+    loader.check_shared_memory([(15, 4), (256, 1)], 224, workers=16, processes=8, folder=tmp_path)
+    loader.check_shared_memory([(120, 4)], 224, workers=16, processes=8, folder=tmp_path / "missing")
 
 
 def test_shared_memory_that_runs_out_ends_the_epoch(make_loader: MakeLoader, monkeypatch: pytest.MonkeyPatch) -> None:

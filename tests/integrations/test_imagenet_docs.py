@@ -206,11 +206,11 @@ def test_memory_follows_from_the_sizes() -> None:
 def test_shared_memory_follows_from_what_workers_make_in_advance() -> None:
     piece, process = loader.PIECE, 16 * loader.PREFETCH * 3 * 224**2 / 1e9
     # GLMC's batches are divided into equal pieces.
-    glmc = 8 * process * max(map(len, loader._pieces(range(RECIPES["glmc"].batch_size)))) * 4
+    glmc = process * max(map(len, loader._pieces(range(RECIPES["glmc"].batch_size)))) * 4
     words = " ".join(TEXT.split())
     assert f"up to {loader.PREFETCH} pieces of {piece} images" in words
     assert f"{1e3 * process * piece:.0f} MB a process, {8 * process * piece:.1f} GB for the eight" in words
-    assert f"GLMC's four looks are {glmc:.1f} GB" in words
+    assert f"GLMC's four looks, on one GPU, are {glmc:.1f} GB" in words
 
 
 def test_operations_of_a_look_on_the_device() -> None:

@@ -171,8 +171,7 @@ class Trainer(Run):
             # Files in place of pixels are of much the same size.
             looks = 1 if settings.method != "glmc" else 4 if settings.decode == "cpu" else 2
             check_shared_memory(
-                max(self.plan.largest_part, self.eval_batch_size),
-                looks,
+                [(self.plan.largest_part, looks), (self.eval_batch_size, 1)],
                 settings.recipe.resolution,
                 workers=settings.workers,
                 processes=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),

@@ -316,13 +316,17 @@ def _handed_over(answer: T) -> T:
 
 
 def check_shared_memory(
-    images: int, looks: int, resolution: int, *, workers: int, processes: int, folder: Path = Path("/dev/shm")
+    batches: Sequence[tuple[int, int]],
+    resolution: int,
+    *,
+    workers: int,
+    processes: int,
+    folder: Path = Path("/dev/shm"),
 ) -> None:
     """Refuse workers that have more pixels ready at once than their machine's shared memory takes.
 
     Args:
-        images: of the largest batch.
-        looks: at each image.
+        batches: of each kind of batch, the number of images and of looks at each of them; one kind at a time.
         resolution: R.
         workers: of each process.
         processes: on this machine.
@@ -335,7 +339,8 @@ def check_shared_memory(
         return
     # All of it counts, not what is free: a run that died has not yet given its own back when the next one starts.
     there = shutil.disk_usage(folder).total
-    needed = min(images, PIECE) * looks * 3 * resolution**2 * workers * PREFETCH * processes
+    looks = max(max(map(len, _pieces(range(images)))) * looks for images, looks in batches)
+    needed = looks * 3 * resolution**2 * workers * PREFETCH * processes
     if needed > there:
         raise ValueError(
             f"{folder} holds {there / 1e6:,.0f} MB, but {processes} processes with --workers {workers} have up to "
