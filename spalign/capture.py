@@ -49,7 +49,8 @@ class FeatureCapture:
             )
         self._pending: list[Tensor] = []
         # Linear layers take the feature dimension last, convolutions second.
-        self._features_last = not hasattr(module, "kernel_size")
+        weight = getattr(module, getattr(classifier, "weight_name", "weight"), None)
+        self._features_last = not hasattr(module, "kernel_size") and getattr(weight, "ndim", 2) == 2
         # A bound method is deep-copied with its owner; a closure would keep recording for the original (pitfall C10).
         self._handle = module.register_forward_pre_hook(self._record, with_kwargs=True)
 
@@ -63,7 +64,8 @@ class FeatureCapture:
             self._pending.clear()
             raise RuntimeError(
                 f"{_MAX_PENDING} training passes were captured and none read, which would keep their graphs alive; "
-                "call features() once per step, or remove() the capture"
+                "call features() once per step, or remove() the capture; a copy of a model copies its capture: run the "
+                "copy under torch.no_grad(), or copy the model before FeatureCapture is attached"
             )
         self._pending.append(inputs)
 

@@ -16,6 +16,8 @@ from spalign.distributed import full_tensor, is_sharded, reshard_owner, shard_li
 
 __all__ = ["Classifier", "ClassifierLike"]
 
+_PLAIN = (Tensor, nn.Parameter)
+
 # What frameworks tie to a parameter that only mirrors the master copy which their optimizer moves: DeepSpeed, Megatron.
 _OF_MASTERS = ("get_full_hp_param", "main_param")
 
@@ -70,7 +72,8 @@ class Classifier:
             )
         if class_dim not in (0, 1):
             raise ValueError(f"class_dim is {class_dim!r}, expected 0 for a (C, D) weight or 1 for a (D, C) one")
-        self.module = module
+        # Of a compiled module the one inside, whose weight norm has its hooks there.
+        self.module: nn.Module | Tensor = getattr(module, "_orig_mod", module)
         self.weight_name = weight
         self.class_dim = class_dim
         self._check()
@@ -120,6 +123,27 @@ class Classifier:
                 f"{self} is fixed (a plain tensor, a buffer or a frozen parameter), so it cannot be {action}; align "
                 "the features to it instead, with SpARegLoss(classifier, tracker, align='features')"
             )
+        self._require_own(action)
+
+    def require_writable(self) -> None:
+        """Raise ValueError if rows that are written would be lost."""
+        self.require_trainable("rotated")
+        if self._parametrized() and self._weight_norm() is None:
+            for parametrization in self._parametrizations():
+                if not hasattr(parametrization, "right_inverse"):
+                    raise ValueError(
+                        f"the weight of {self} is parametrized by {type(parametrization).__name__}, expected one with "
+                        "a right_inverse, through which rows are written; give it one, or align with SpARegLoss"
+                    )
+
+    def _require_own(self, action: str) -> None:
+        """Raise ValueError if the weight is made anew in every forward pass, which undoes what is written into it."""
+        if isinstance(self.module, nn.Module) and self._stored().grad_fn is not None and not self._parametrized():
+            raise ValueError(
+                f"the weight of {self} is computed in each forward pass, by pruning, spectral norm or a property, "
+                f"expected a parameter: what is computed cannot be {action}; name the parameter that it is made from, "
+                f"spalign.Classifier(module, weight={self.weight_name + '_orig'!r}) after torch.nn.utils.prune"
+            )
 
     def reshard(self) -> None:
         """Bring back the parameters that the optimizer holds, where FSDP2 has gathered ones in their place.
@@ -133,7 +157,7 @@ class Classifier:
         """Return the weight as (C, D), in its own dtype, inside the autograd graph; sharded weights are gathered."""
         normed = self._weight_norm()
         if normed is None:
-            return self.as_rows(full_tensor(self._weight()))
+            return self.as_rows(full_tensor(self._present()))
         # Computed here: what the layer holds may belong to the graph of an earlier forward pass, or be sharded.
         direction, magnitude, dim = normed
         return self.as_rows(torch._weight_norm(full_tensor(direction), full_tensor(magnitude), dim))
@@ -174,7 +198,8 @@ class Classifier:
                     "not act on rows; use SpARegLoss, or spalign.functional.project_gradient where you hold a row "
                     "gradient"
                 )
-            return Leaves(self._weight(), None)
+            self._require_own("projected or rotated")
+            return Leaves(self._present(), None)
         direction, magnitude, dim = normed
         if dim != self.class_dim:
             raise ValueError(
@@ -216,6 +241,22 @@ class Classifier:
     def _weight(self) -> Tensor:
         weight = self.module if isinstance(self.module, Tensor) else getattr(self.module, self.weight_name)
         return cast(Tensor, weight)
+
+    def _present(self) -> Tensor:
+        """Return the weight, or raise ValueError where FSDP1 has flattened it or taken its memory away."""
+        weight = self._weight()
+        there = weight.ndim == self._ndim
+        if there and type(weight) in _PLAIN and not torch.compiler.is_compiling() and weight.device.type != "meta":
+            # Transformed tensors are of the plain type too, and have no memory to ask for.
+            there = torch._C._are_functorch_transforms_active() or weight.untyped_storage().size() > 0
+        if not there:
+            raise ValueError(
+                f"the weight of {type(self.module).__name__} has shape {tuple(weight.shape)} and "
+                f"{'no memory' if weight.ndim == self._ndim else 'is flat'}, expected the (C, D) weight that was there "
+                "at first; FullyShardedDataParallel (FSDP1) keeps it elsewhere: use fully_shard (FSDP2), or leave the "
+                "classifier out of what FSDP1 wraps (ignored_modules)"
+            )
+        return weight
 
     def _stored(self) -> Tensor:
         """The weight or, for weight norm, its direction leaf: same layout, no computation."""

@@ -69,7 +69,8 @@ class SpAProj(Optimizer):
     Use it in the place of the wrapped optimizer everywhere (schedulers, ``GradScaler``); stepping the wrapped optimizer
     itself projects as well, because the work is done by a step pre-hook on it. Of an optimizer that wraps another (SAM,
     Lookahead, what a trainer's prepare() returns) the innermost is hooked, so either order of wrapping is the same run:
-    the gradient of the update is projected, against the rows that are moved.
+    the gradient of the update is projected, against the rows that are moved. Methods that are not an ``Optimizer``'s,
+    such as SAM's ``first_step``, are called on the optimizer that has them, which projects as well.
 
     Args:
         optimizer: the optimizer that holds the classifier's parameters.
@@ -209,6 +210,11 @@ class SpAProj(Optimizer):
         direction, magnitude = leaves
         if direction.grad is None:
             if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
+                if self.classifier.fixed:
+                    raise RuntimeError(
+                        f"{self.classifier} was frozen after SpAProj was built, so there is no gradient to project; "
+                        "call remove() on the SpAProj where you freeze it"
+                    )
                 raise RuntimeError(
                     f"{self.classifier} has no gradient while other parameters have; expected one in weight.grad. If "
                     "the classifier is unused in this step, leave it out of the optimizer; if a framework keeps "

@@ -41,7 +41,10 @@ class SpASlerp:
             antipode of their mean, where no path is the shortest.
 
     Raises:
-        ValueError: an argument is out of range, the classifier is fixed, or its sizes differ from the tracker's.
+        ValueError: an argument is out of range, the classifier is fixed or computed in each forward pass, its
+            parametrization has no inverse, or its sizes differ from the tracker's.
+
+    Of a parametrized weight what the parametrization can hold is kept: an orthogonal one takes a part of the rotation.
 
     Checkpoint behavior: ``state_dict()`` holds ``last_step`` alone; alpha follows from it, so ``total_steps`` may
     change on resume.
@@ -82,7 +85,7 @@ class SpASlerp:
             raise ValueError(
                 f"threshold is {threshold!r}, expected a cosine in [-1, 1], as a number; 1 rotates every row"
             )
-        adapter.require_trainable("rotated")
+        adapter.require_writable()
         tracker._check_classifier(adapter)
         self.classifier = adapter
         self.tracker = tracker

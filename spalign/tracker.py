@@ -371,9 +371,11 @@ class ClassMeanTracker(nn.Module):
         """
         shape, dim = features.shape, self.feature_dim
         if len(shape) < 2 or shape[1] != dim:
+            transposed = len(shape) > 1 and shape[1] == self.num_classes
             raise ValueError(
                 f"features have shape {tuple(shape)}, expected (N, {dim}) or (N, {dim}, ...): pass what the classifier "
-                "takes in (spalign.FeatureCapture records it), class dimension second"
+                "takes in (spalign.FeatureCapture records it), feature dimension second"
+                + ("; of a classifier with a (D, C) weight, spalign.Classifier(module, class_dim=1)" * transposed)
             )
         if not features.is_floating_point():
             raise ValueError(f"features have dtype {features.dtype}, expected a float dtype; pass features.float()")

@@ -157,3 +157,21 @@ def test_shared_head_called_twice_and_the_loss_of_a_two_view_step() -> None:
     loss = nn.functional.cross_entropy(logits, targets) + spareg(features(), targets)
     grads = torch.autograd.grad(loss, list(net.parameters()))
     assert all(g.any() for g in grads)
+
+
+def test_a_custom_convolution_has_its_features_second() -> None:
+    """Its weight says so, where there is no kernel_size; with as many columns as features nothing else would notice."""
+
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 5, 1, 1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.conv2d(x, self.weight)
+
+    head = Head()
+    features = spalign.FeatureCapture(head)
+    x = torch.randn(2, 5, 5, 5)
+    head(x)
+    assert torch.equal(features(), x)

@@ -3,11 +3,13 @@
 import copy
 import pickle
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
 from problems import FIXED, HEADS, Columns, Rows, make_problem
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import spalign
 
@@ -217,3 +219,124 @@ def test_copies_are_of_the_module_and_pickle_works() -> None:
 
 def test_repr_says_what_it_is() -> None:
     assert repr(spalign.Classifier(nn.Linear(7, 5))) == "Classifier(Linear.weight, 5 classes x 7 features)"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Weights that are not there to be written
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Cosine(nn.Module):
+    """A head whose weight is a property."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.raw = nn.Parameter(torch.randn(4, 8))
+
+    @property
+    def weight(self) -> Tensor:
+        return torch.nn.functional.normalize(self.raw)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.t()
+
+
+def pruned() -> nn.Module:
+    head = nn.Linear(8, 4)
+    prune.l1_unstructured(head, "weight", amount=0.2)
+    return head
+
+
+def spectral() -> nn.Module:
+    head = torch.nn.utils.spectral_norm(nn.Linear(8, 4))
+    head(torch.randn(2, 8))
+    return head
+
+
+def fed_tracker() -> spalign.ClassMeanTracker:
+    tracker = spalign.ClassMeanTracker(4, 8)
+    tracker.update(torch.randn(40, 8), torch.arange(40) % 4)
+    return tracker
+
+
+@pytest.mark.filterwarnings("ignore:.*spectral_norm.*:FutureWarning")
+@pytest.mark.parametrize("build", [pruned, Cosine, spectral])
+def test_b5_what_a_forward_pass_makes_anew_is_not_written(build: Callable[[], nn.Module]) -> None:
+    """B5: the next forward pass would undo the rotation, and no gradient arrives at what it made."""
+    head, tracker = build(), fed_tracker()
+    with pytest.raises(ValueError, match=r"is computed in each forward pass.* cannot be rotated"):
+        spalign.SpASlerp(head, tracker, total_steps=1)
+    with pytest.raises(ValueError, match=r"is computed in each forward pass.* cannot be projected"):
+        spalign.SpAProj(torch.optim.SGD(head.parameters(), lr=0.1), head, tracker)
+    loss = spalign.SpARegLoss(head, tracker)()  # which only reads it
+    loss.backward()
+
+
+def test_pruning_between_two_steps_is_noticed() -> None:
+    head, tracker = nn.Linear(8, 4), fed_tracker()
+    slerp = spalign.SpASlerp(head, tracker, total_steps=2, alpha_max=1.0, threshold=1.0)
+    slerp.step()
+    prune.l1_unstructured(head, "weight", amount=0.2)
+    with pytest.raises(ValueError, match="weight='weight_orig'"):
+        slerp.step()
+    assert slerp.last_step == 1
+    rows = head.weight_orig.detach().clone()
+    spalign.SpASlerp(
+        spalign.Classifier(head, weight="weight_orig"), tracker, total_steps=1, alpha_max=1.0, threshold=1.0
+    ).step()
+    assert not torch.equal(rows, head.weight_orig)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_the_weight_norm_of_a_compiled_layer_is_found() -> None:
+    head = torch.nn.utils.weight_norm(nn.Linear(8, 4))
+    compiled, tracker = torch.compile(head, backend="eager"), fed_tracker()
+    slerp = spalign.SpASlerp(compiled, tracker, total_steps=1, alpha_max=1.0, threshold=1.0)
+    slerp.step()
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(compiled(x), x @ head.weight.t() + head.bias)
+    cosine = spalign.functional.alignment(head.weight, tracker.mean, tracker.seen)
+    torch.testing.assert_close(cosine, torch.ones(4))  # float32
+
+
+class LowRank(nn.Module):
+    """A parametrization that cannot be assigned to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(4, 2)), nn.Parameter(torch.zeros(2, 8))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.a @ self.b
+
+
+def test_a_parametrization_without_an_inverse_is_refused_at_once() -> None:
+    head = nn.Linear(8, 4)
+    torch.nn.utils.parametrize.register_parametrization(head, "weight", LowRank())
+    with pytest.raises(ValueError, match="parametrized by LowRank, expected one with a right_inverse"):
+        spalign.SpASlerp(head, fed_tracker(), total_steps=1)
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_weights_that_fsdp1_has_taken_away_are_named(flat: bool) -> None:
+    """As its use_orig_params leaves them: a flat shard, or a matrix without memory, which crashed the process."""
+    head, tracker = nn.Linear(8, 4), fed_tracker()
+    slerp, spareg = spalign.SpASlerp(head, tracker, total_steps=1), spalign.SpARegLoss(head, tracker)
+    if flat:
+        head.weight = nn.Parameter(torch.randn(16))
+    else:
+        head.weight.untyped_storage().resize_(0)
+    for use in (slerp.step, spareg):
+        with pytest.raises(ValueError, match=r"FullyShardedDataParallel \(FSDP1\) keeps it elsewhere: use fully_shard"):
+            use()
+    assert slerp.last_step == 0
+
+
+def test_a_transposed_head_is_named_where_its_features_do_not_fit() -> None:
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(8, 4))  # (D, C), as LDAM's head
+
+    with pytest.raises(ValueError, match=r"spalign\.Classifier\(module, class_dim=1\)"):
+        spalign.SpARegLoss(Normed())(torch.randn(5, 8), torch.arange(5) % 4)
