@@ -327,6 +327,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, help="default 256 on CUDA, 16 on the CPU")
     parser.add_argument("--amp", choices=("off", "bf16", "fp16"), help="default bf16 on CUDA, off on the CPU")
     parser.add_argument("--compile", action="store_true", help="compile the backbone")
+    parser.add_argument("--decode", choices=("cpu", "device"), default="cpu", help="where, default %(default)s")
     parser.add_argument("--workers", type=int, help="of the loader, default 8 on CUDA, 0 on the CPU")
     return parser
 
@@ -352,7 +353,7 @@ def main() -> None:
         try:
             options, images = image_folder(folder / "images", args.data_dir, max(4096, 160 * args.batch_size))
             synthetic = make_trainer(args, device, folder / "a", "--data", "synthetic")
-            files = make_trainer(args, device, folder / "b", *options)
+            files = make_trainer(args, device, folder / "b", *options, "--decode", args.decode)
         except (ValueError, OSError) as error:
             parser.error(str(error))
         rows = measure(args, device, synthetic, files)
@@ -362,6 +363,7 @@ def main() -> None:
             "torchvision, pillow": f"{version('torchvision')}, {version('pillow')}",
             "images": images,
             "loader processes": str(args.workers),
+            "decoding": args.decode,
         }
     overhead.write_record(rows, about, args, "imagenet", "ImageNet-LT training")
 

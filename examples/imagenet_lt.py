@@ -15,6 +15,9 @@ of the last epoch unless called best. Exit code 2 means a bad option, list or fi
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -30,7 +33,7 @@ from longtail.imagenet.settings import ImageNetSettings
 from longtail.imagenet.table import report
 from longtail.methods import MethodOptions
 from longtail.options import add_alignment_options, add_method_options
-from longtail.parallel import world
+from longtail.parallel import SharedError, World, world
 from longtail.training import TrainingError
 
 
@@ -138,21 +141,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] == "report":
         return report(argv[1:])
-    parser = build_parser()
-    args = parser.parse_args(argv)
+    # Processes of one machine have one command line: one of them says what is wrong with it.
+    quiet = os.environ.get("LOCAL_RANK", "0") != "0"
+    with contextlib.redirect_stderr(io.StringIO()) if quiet else contextlib.nullcontext():
+        parser = build_parser()
+        args = parser.parse_args(argv)
+        try:
+            settings = settings_from(args)
+        except ValueError as error:
+            return failed(error, 2)
+    with contextlib.ExitStack() as stack:
+        try:
+            ranks = stack.enter_context(world(settings.device))
+        except (ValueError, OSError) as error:
+            return failed(error, 2)
+        code = train(settings, ranks)
+        if code:
+            ranks.leave(code)
+    return code
+
+
+def train(settings: ImageNetSettings, ranks: World) -> int:
+    """Train and return the exit code; what is no fault of options, lists or files keeps its traceback."""
     try:
-        settings = settings_from(args)
-        with world(settings.device) as ranks:
-            trainer = Trainer(settings, ranks)
-            try:
-                trainer.run()
-            except (TrainingError, BadImage) as error:
-                print(f"{parser.prog}: error: {error}", file=sys.stderr)
-                return 1
+        trainer = Trainer(settings, ranks)
     except (ValueError, OSError) as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 2
+        return failed(error, 2, quiet=isinstance(error, SharedError) and not ranks.first)
+    try:
+        trainer.run()
+    except TrainingError as error:
+        return failed(error, 1, quiet=not ranks.first)  # of figures that are those of all ranks
+    except BadImage as error:
+        return failed(error, 1)
     return 0
+
+
+def failed(error: Exception, code: int, *, quiet: bool = False) -> int:
+    """Say what is wrong, unless another process does, and return the exit code."""
+    if not quiet:
+        print(f"imagenet_lt.py: error: {error}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

@@ -431,7 +431,7 @@ def update_class_means(
     return attach_features(mean_CD, features, share), weight_C
 
 
-def _apply(function: Any, *args: Tensor | None) -> Tensor:
+def _apply(function: Any, *args: Any) -> Tensor:
     """``function.apply`` with a return type, which torch does not declare."""
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         raise RuntimeError(
@@ -709,14 +709,15 @@ def alignment_loss(
         )
     by_features = features is not None and share is not None and features.requires_grad
     moved_by = share if by_features else None
-    terms, by_weight = None, weight_CD.requires_grad
-    rate, labels_N = (None, None) if moved_by is None else moved_by
+    terms = None
     # Compiled, the general form is one pass over the rows as well.
     if center_D is not None and not torch.compiler.is_compiling():
         if host.can_align(weight_CD, mean_CD, center_D):
+            rate, labels_N = (None, None) if moved_by is None else moved_by
+            by_weight = weight_CD.requires_grad
             terms = host.alignment_terms(weight_CD, mean_CD, seen_C, center_D, rate, labels_N, by_weight=by_weight)
         elif kernels.can_align(weight_CD, mean_CD, seen_C, center_D):
-            terms = kernels.alignment_terms(weight_CD, mean_CD, seen_C, center_D, rate, labels_N, by_weight=by_weight)
+            return _loss_by_kernels(weight_CD, mean_CD, seen_C, center_D, features, share)
     if terms is None:
         loss, *grads = _alignment_terms(weight_CD, mean_CD, seen_C, center_D, moved_by)
     else:
@@ -728,6 +729,81 @@ def alignment_loss(
     if inputs_and_grads and torch.is_grad_enabled():
         return _apply(_KnownGradient, loss, *inputs_and_grads)
     return loss
+
+
+class _GradientByKernels(torch.autograd.Function):
+    """A scalar whose gradients are made of its terms when they are asked for."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight_CD: Tensor | None,
+        features: Tensor | None,
+        value_and_terms: tuple[Tensor, kernels.Terms],  # of an argument of its own, autograd would want a copy
+        share: BatchShare | None,
+    ) -> Tensor:
+        value, terms = value_and_terms
+        ctx.save_for_backward(*terms, *((None, None) if share is None else share))
+        ctx.dtypes = [None if x is None else x.dtype for x in (weight_CD, features)]
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, grad_value: Tensor) -> Any:
+        _refuse_double_backward()
+        *saved, rate, labels_N = ctx.saved_tensors
+        return *_gradients(kernels.Terms(*saved), grad_value, rate, labels_N, *ctx.dtypes), None, None
+
+
+def _gradients(
+    terms: kernels.Terms,
+    factor: Tensor,
+    rate: Tensor | None,
+    labels_N: Tensor | None,
+    weight_dtype: torch.dtype | None,
+    features_dtype: torch.dtype | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients by the classifier and by the features in these dtypes, times the factor."""
+    by_weight = by_features = None
+    if kernels.can_pull_back(factor, *terms, rate, labels_N):
+        by_weight, by_features = kernels.pull_back(terms, factor, rate, labels_N, weight_dtype, features_dtype)
+    elif terms.by_weight is not None:
+        by_weight = (terms.by_weight * factor).to(weight_dtype)
+    if by_features is None and terms.e is not None:
+        assert rate is not None
+        assert terms.e_sum is not None
+        assert terms.share is not None
+        with _no_autocast(terms.e):
+            by_mean_CD = torch.addr(terms.e, terms.share, terms.e_sum, alpha=-1)
+        by_features = (BatchShare(rate, labels_N).pull_back(by_mean_CD) * factor).to(features_dtype)
+    return by_weight, by_features
+
+
+def _loss_by_kernels(
+    weight_CD: Tensor,
+    mean_CD: Tensor,
+    seen_C: Tensor,
+    center_D: Tensor,
+    features: Tensor | None,
+    share: BatchShare | None,
+    *,
+    of_state: bool = False,
+    write_sum: bool = False,
+) -> Tensor:
+    """:func:`alignment_loss` of what :func:`spalign.kernels.can_align`."""
+    learns = torch.is_grad_enabled()
+    weight = weight_CD if learns and weight_CD.requires_grad else None
+    moved = features if learns and features is not None and features.requires_grad and share is not None else None
+    value_and_terms = kernels.alignment_terms(
+        weight_CD,
+        mean_CD,
+        seen_C,
+        center_D,
+        by_weight=weight is not None,
+        by_mean=moved is not None,
+        of_state=of_state,
+        write_sum=write_sum,
+    )
+    return _apply(_GradientByKernels, weight, moved, value_and_terms, None if moved is None else share)
 
 
 def _alignment_terms(
@@ -784,9 +860,9 @@ def alignment_loss_and_grad(
         (0.5, [[0.0, 0.0], [0.5, 0.0]])
     """
     if center_D is not None and kernels.can_align(weight_CD, mean_CD, seen_C, center_D):
-        loss, by_weight, _ = kernels.alignment_terms(weight_CD, mean_CD, seen_C, center_D, None, None, by_weight=True)
-        assert by_weight is not None
-        return loss, by_weight.to(weight_CD.dtype)
+        loss, terms = kernels.alignment_terms(weight_CD, mean_CD, seen_C, center_D, by_weight=True, by_mean=False)
+        assert terms.by_weight is not None
+        return loss, terms.by_weight.to(weight_CD.dtype)
     with torch.no_grad():
         rows = _rows(weight_CD, mean_CD, seen_C, center_D, one_pass=True)
         loss, a_C, b_C, _, _ = _loss_coefficients(rows, seen_C)
@@ -925,11 +1001,18 @@ def _project(
     gamma: float,
     radial: Radial,
     out: Tensor | None = None,
+    of_state: bool = False,
 ) -> Tensor:
-    """:func:`project_gradient`, into ``out`` if given, which may be the gradient."""
-    if center_D is not None and kernels.can_align(weight_CD, mean_CD, seen_C, center_D, grad_CD):
+    """:func:`project_gradient`, into ``out`` if given, which may be the gradient.
+
+    ``of_state`` has weights of classes for ``seen_C`` and the sum of the means for ``center_D``, if
+    :func:`spalign.kernels.can_align` said that it may.
+    """
+    if center_D is not None and (of_state or kernels.can_align(weight_CD, mean_CD, seen_C, center_D, grad_CD)):
         out, paper = torch.empty_like(grad_CD) if out is None else out, radial == "paper"
-        kernels.project_gradient(out, grad_CD, weight_CD, mean_CD, seen_C, center_D, gamma=gamma, paper=paper)
+        kernels.project_gradient(
+            out, grad_CD, weight_CD, mean_CD, seen_C, center_D, gamma=gamma, paper=paper, of_state=of_state
+        )
         return out
     projected_CD = _project_rows(grad_CD, weight_CD, mean_CD, seen_C, center_D, gamma=gamma, radial=radial)
     return projected_CD if out is None else out.copy_(projected_CD)

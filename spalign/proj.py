@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from spalign import distributed, functional
+from spalign import distributed, functional, kernels
 from spalign.classifier import Classifier, ClassifierLike
 from spalign.functional import Radial
 from spalign.tracker import ClassMeanTracker
@@ -221,29 +221,34 @@ class SpAProj(Optimizer):
         # Sharded by rows, each rank projects the rows it holds; sharded otherwise, rows have to be put together first.
         by_rows = distributed.sharded_along(direction, self.classifier.class_dim)
         part = distributed.to_local if by_rows else distributed.full_tensor
-        mean_CD, alignable_C, center_D = self.tracker._geometry()
-        sign = leaves.sign()
-        if isinstance(sign, Tensor):
-            # A row that points against its leaf is aligned by turning the leaf to the mirror image of the mean.
-            mean_CD = center_D + (mean_CD - center_D) * self.classifier.as_rows(sign)
-        if by_rows and distributed.is_sharded(direction):
-            mean_CD = self.classifier.localize(mean_CD)
-            alignable_C = self.classifier.localize(alignable_C.unsqueeze(1))[:, 0]
         grad = direction.grad.to_dense() if direction.grad.is_sparse else part(direction.grad)
         # With maximize=True the optimizer goes along the gradient: it descends along its negative.
         uphill = self._maximizes(optimizer, direction)
         grad_CD = self.classifier.as_rows(-grad if uphill else grad)
+        weight_CD, sign = self.classifier.as_rows(part(direction)), leaves.sign()
+        shard, state = by_rows and distributed.is_sharded(direction), self.tracker._state()
+        # The kernel finds the global mean by itself, where means and rows are as they are stored.
+        of_state = not (shard or isinstance(sign, Tensor))
+        of_state = of_state and kernels.can_align(weight_CD, *state, grad_CD, of_state=True)
+        mean_CD, alignable_C, center_D = state if of_state else self.tracker._geometry()
+        if isinstance(sign, Tensor):
+            # A row that points against its leaf is aligned by turning the leaf to the mirror image of the mean.
+            mean_CD = center_D + (mean_CD - center_D) * self.classifier.as_rows(sign)
+        if shard:
+            mean_CD = self.classifier.localize(mean_CD)
+            alignable_C = self.classifier.localize(alignable_C.unsqueeze(1))[:, 0]
         # In place: CUDA graphs and DDP's buckets know the gradient by its address (pitfall A17).
         in_place = by_rows and not uphill and not direction.grad.is_sparse
         projected_CD = functional._project(
             grad_CD,
-            self.classifier.as_rows(part(direction)),
+            weight_CD,
             mean_CD,
             alignable_C,
             center_D,
             gamma=self.gamma,
             radial=self.radial,
             out=grad_CD if in_place else None,
+            of_state=of_state,
         )
         if uphill:
             projected_CD = projected_CD.neg_()

@@ -4,7 +4,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from spalign import functional
+from spalign import functional, kernels
 from spalign.classifier import Classifier, ClassifierLike
 from spalign.tracker import ClassMeanTracker
 
@@ -83,18 +83,25 @@ class SpARegLoss(nn.Module):
         self.tracker._check_device("the classifier is", weight_CD)
         if self.align == "features":
             weight_CD = weight_CD.detach()
-        share = None
+        state, share = self.tracker._state(), None
+        # One kernel finds the global mean and aligns to it; nothing reads the sum of the means before it writes it.
+        together = kernels.can_align(weight_CD, *state, of_state=True)
         if features is not None and targets is not None:
             features, targets, usable = self.tracker._checked(features, targets)
             if self.training:
-                share = self.tracker._absorb(features, targets, usable)
+                share = self.tracker._absorb(features, targets, usable, add_up=not together)
+        by_features = None if share is None or self.align == "classifier" else features
+        if together:
+            return functional._loss_by_kernels(
+                weight_CD, *state, by_features, share, of_state=True, write_sum=share is not None
+            )
         mean_CD, alignable_C, center_D = self.tracker._geometry()
         return functional.alignment_loss(
             weight_CD,
             mean_CD,
             alignable_C,
             center_D=center_D,
-            features=None if share is None or self.align == "classifier" else features,
+            features=by_features,
             share=share,
         )
 

@@ -253,6 +253,11 @@ class ClassMeanTracker(nn.Module):
             super()._apply(keep_precision, recurse)  # type: ignore[no-untyped-call]
         return self
 
+    def _state(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return means (C, D), weights (C,) and the sum of the means (D,)."""
+        state: Any = self._buffers  # which is faster than a module's attributes
+        return state["mean"], state["weight"], state["mean_sum"]
+
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],
@@ -292,8 +297,7 @@ class ClassMeanTracker(nn.Module):
 
         A single class lies on the global mean to within rounding, which would pass for a direction: none is returned.
         """
-        state: Any = self._buffers  # which is faster than a module's attributes
-        mean_CD, weight_C, mean_sum_D = state["mean"], state["weight"], state["mean_sum"]
+        mean_CD, weight_C, mean_sum_D = self._state()
         if kernels.can_read(mean_CD, weight_C, mean_sum_D):
             return mean_CD, *kernels.geometry(weight_C, mean_sum_D)
         seen_C = weight_C > 0
@@ -305,23 +309,26 @@ class ClassMeanTracker(nn.Module):
         center_D = (mean_sum_D / num_seen.clamp(min=1)).to(mean_CD.dtype)
         return mean_CD, seen_C & (num_seen > 1), center_D
 
-    def _absorb(self, features: Tensor, targets: Tensor, usable: bool) -> BatchShare:
-        """Take in a batch that passed :meth:`_checked`. Return how far each sample moved the means."""
-        state: Any = self._buffers  # which is faster than a module's attributes
+    def _absorb(self, features: Tensor, targets: Tensor, usable: bool, *, add_up: bool = True) -> BatchShare:
+        """Take in a batch that passed :meth:`_checked`. Return how far each sample moved the means.
+
+        Without ``add_up``, the sum of the means may be left to the caller.
+        """
+        mean_CD, weight_C, mean_sum_D = self._state()
         ranks = distributed.world_size(self.process_group)
         if ranks > 1:
             self._check_fits(features)
             exchange = Exchange.cheapest(
-                state["mean"],
+                mean_CD,
                 group=self._group_name,
                 ranks=ranks,
                 batch_size=self.batch_size,
                 feature_dtype=self.feature_dtype,
             )
             return distributed.absorb_batch_(
-                state["mean"],
-                state["weight"],
-                state["mean_sum"],
+                mean_CD,
+                weight_C,
+                mean_sum_D,
                 features,
                 targets,
                 momentum=self.momentum,
@@ -329,13 +336,13 @@ class ClassMeanTracker(nn.Module):
                 exchange=exchange,
             )
         return functional._absorb_batch_(
-            state["mean"],
-            state["weight"],
+            mean_CD,
+            weight_C,
             features,
             targets,
             momentum=self.momentum,
             ignore_index=self.ignore_index,
-            mean_sum_D=state["mean_sum"],
+            mean_sum_D=mean_sum_D if add_up else None,
             usable=usable,
         )
 

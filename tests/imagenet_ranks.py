@@ -8,6 +8,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partialmethod
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -50,19 +51,68 @@ def options(tree: Path, output: Path, *more: str) -> list[str]:
     return [*common.split(), *lists, f"--output-dir={output}", *more]
 
 
-def main(environment: dict[str, str], argv: list[str]) -> None:
+def main(environment: dict[str, str], argv: list[str], errors: Path | None, prepare: Callable[[], None] | None) -> None:
     """Be one process."""
     os.environ.update(environment)
+    if errors is not None:
+        with (errors / f"stderr{environment['RANK']}").open("w") as file:
+            os.dup2(file.fileno(), 2)
     sys.path.insert(0, str(EXAMPLES))
     import imagenet_lt
 
+    if prepare is not None:
+        prepare()
     sys.exit(imagenet_lt.main(argv))
 
 
-class Ranks:
-    """The processes of one run, as torchrun would start them."""
+def end_like_nccl() -> None:
+    """Have the end of a process group wait for collectives that others are in, as NCCL does: here, without end."""
+    import torch.distributed as dist
 
-    def __init__(self, argv: Sequence[str], size: int = 2) -> None:
+    dist.destroy_process_group = lambda *_: time.sleep(SECONDS)
+
+
+def fail_on_rank_1() -> None:
+    """Let the second process raise what nobody expects, in its second step."""
+    end_like_nccl()
+    from longtail.imagenet.engine import Trainer
+
+    whole = Trainer._train_step
+
+    def failing(self: Trainer, step: int, *args: Any) -> None:
+        whole(self, step, *args)
+        if self.world.rank == 1 and step == 1:
+            raise RuntimeError("nobody expects it")
+
+    Trainer._train_step = failing  # type: ignore[assignment, method-assign]
+
+
+def compile_to_graphs() -> None:
+    """Have modules compiled to whole graphs or not at all, which the eager backend then runs: in seconds."""
+    import torch
+
+    whole = torch.nn.Module.compile
+    torch.nn.Module.compile = partialmethod(whole, backend="aot_eager", fullgraph=True)  # type: ignore[assignment]
+
+
+class Ranks:
+    """The processes of one run, as torchrun would start them.
+
+    Args:
+        argv: of the script.
+        size: how many.
+        errors: folder for what each writes to stderr; None leaves it where it goes.
+        prepare: what each calls first.
+    """
+
+    def __init__(
+        self,
+        argv: Sequence[str],
+        size: int = 2,
+        *,
+        errors: Path | None = None,
+        prepare: Callable[[], None] | None = None,
+    ) -> None:
         context = _context()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -71,7 +121,7 @@ class Ranks:
         self.processes: list[ForkServerProcess] = []
         for rank in range(size):
             environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            process = context.Process(target=main, args=(environment, list(argv)))
+            process = context.Process(target=main, args=(environment, list(argv), errors, prepare))
             process.start()
             self.processes.append(process)
 

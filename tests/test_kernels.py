@@ -228,14 +228,22 @@ def test_the_global_mean_and_what_may_be_aligned(seen: int) -> None:
 # --- alignment --------------------------------------------------------------------------------------------------------
 
 
+def many_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have no classifier count as one of few classes, and few programs for its rows."""
+    monkeypatch.setattr(kernels, "FEW_ELEMENTS", 0)
+    monkeypatch.setattr(kernels, "MOST_PROGRAMS", 4)  # several rows for each
+
+
 @runs
-@pytest.mark.parametrize("size", SIZES[:2] + SIZES[3:])
+@pytest.mark.parametrize("how", ["of state", "few", "many"])
+@pytest.mark.parametrize("size", [*SIZES[:2], *SIZES[3:], (7, 20, 600)])  # the last has more than a tile of rows
 @pytest.mark.parametrize("kind", ["with strangers", "soft"])
 def test_the_loss_and_its_gradients_equal_the_reference(
-    size: tuple[int, int, int], kind: str, monkeypatch: pytest.MonkeyPatch
+    size: tuple[int, int, int], kind: str, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     n, c, d = size
-    monkeypatch.setattr(kernels, "MOST_PROGRAMS", 4)  # several rows for each
+    if how == "many":
+        many_classes(monkeypatch)
     p = make_problem(1, num_classes=c, dim=d)
     w = p.w.float()
     state = zeros(c, d)
@@ -247,9 +255,12 @@ def test_the_loss_and_its_gradients_equal_the_reference(
     before = numpy(state[1])
     rate, class_N = kernels.update_class_means_(*state, device(h), device(targets), 0.1, -100)
     alignable_C, center_D = kernels.geometry(state[1], state[2])
-    loss, by_weight, by_features = kernels.alignment_terms(
-        device(w), state[0], alignable_C, center_D, rate, class_N, by_weight=True
-    )
+    of_state = how == "of state"
+    rows = device(w), state[0], *(state[1:] if of_state else (alignable_C, center_D))
+    loss, terms = kernels.alignment_terms(*rows, by_weight=True, by_mean=True, of_state=of_state)
+    gradients = F._gradients if class_N is None else kernels.pull_back
+    half = torch.tensor(0.5, device=DEVICE)
+    by_weight, by_features = gradients(terms, half, rate, class_N, torch.float32, torch.float32)
     mean, _ = reference.update_class_means(to_numpy(p.mean), before, to_numpy(h), want_targets, 0.1)
     seen = to_bools(alignable_C.cpu())
     q_NC = reference.label_weights(to_numpy(h), want_targets, c)
@@ -258,27 +269,69 @@ def test_the_loss_and_its_gradients_equal_the_reference(
     assert by_weight is not None
     assert by_features is not None
     np.testing.assert_allclose(loss.item(), reference.alignment_loss(nw, mean, seen), **SINGLE)
-    np.testing.assert_allclose(numpy(by_weight), reference.alignment_loss_grad_weight(nw, mean, seen), **SINGLE)
-    want = rate_NC @ reference.alignment_loss_grad_mean(nw, mean, seen)
+    np.testing.assert_allclose(numpy(by_weight), 0.5 * reference.alignment_loss_grad_weight(nw, mean, seen), **SINGLE)
+    want = 0.5 * rate_NC @ reference.alignment_loss_grad_mean(nw, mean, seen)
     np.testing.assert_allclose(numpy(by_features), want, **SINGLE)
-    alone, nothing, nor_this = kernels.alignment_terms(
-        device(w), state[0], alignable_C, center_D, None, None, by_weight=False
-    )
+    alone, nothing = kernels.alignment_terms(*rows, by_weight=False, by_mean=False, of_state=of_state)
     assert torch.equal(alone, loss)
-    assert nothing is None
-    assert nor_this is None
+    assert nothing == (None, None, None, None)
 
 
 @runs
-def test_rows_without_a_direction_add_nothing_to_the_loss() -> None:
+@pytest.mark.parametrize("seen", [0, 1, 2, 5])
+def test_the_state_is_added_up_afresh_where_it_is_asked_for(seen: int) -> None:
+    """Who reads the regularizer alone writes nothing; and a single class lies on the global mean."""
+    c, d = 5, 7
+    mean, weight, mean_sum = zeros(c, d)
+    mean[:seen] = torch.randn(seen, d).to(DEVICE)
+    weight[:seen] = 0.5
+    w = torch.randn(c, d)
+    for write_sum in (False, True):
+        loss, terms = kernels.alignment_terms(
+            device(w), mean, weight, mean_sum, by_weight=True, by_mean=True, of_state=True, write_sum=write_sum
+        )
+        want = mean.double().sum(0) if write_sum else torch.zeros_like(mean_sum)
+        torch.testing.assert_close(mean_sum, want, rtol=1e-14, atol=1e-14)  # float64, in another order
+    seen_C = np.arange(c) < seen
+    np.testing.assert_allclose(loss.item(), reference.alignment_loss(to_numpy(w), numpy(mean), seen_C), **SINGLE)
+    assert terms.by_weight is not None
+    assert terms.share is not None
+    assert terms.by_weight.any(1).tolist() == (seen_C & (seen > 1)).tolist()
+    np.testing.assert_allclose(numpy(terms.share), (seen_C & (seen > 1)) / max(seen, 1), rtol=1e-6)
+
+
+@runs
+@pytest.mark.parametrize("asked", ["both", "features", "weight", "no sample"])
+@pytest.mark.parametrize("gradients", [kernels.pull_back, F._gradients])
+def test_gradients_meet_the_factor_before_they_lose_bits(gradients: Any, asked: str) -> None:
+    """float16 has nothing between 0 and 6e-8; of what is not asked for nothing is made."""
+    p = make_problem(1, num_classes=5, dim=6, dtype=torch.float32, unseen=())
+    rows = device(1e8 * p.w), device(1e8 * p.mean), device(p.seen), device(1e8 * p.mean.mean(0))
+    y = device(torch.arange(0 if asked == "no sample" else 8) % 5)
+    rate, factor = torch.full((len(y),), 0.25, device=DEVICE), torch.tensor(2.0**20, device=DEVICE)
+    _, terms = kernels.alignment_terms(*rows, by_weight=asked != "features", by_mean=asked != "weight")
+    by_weight, by_features = gradients(terms, factor, rate, y, torch.float16, torch.float16)
+    assert (by_weight is None) == (asked == "features")
+    assert (by_features is None) == (asked == "weight")
+    for made in (by_weight, by_features):
+        if made is not None and made.numel():
+            assert made.dtype == torch.float16
+            assert 1e-5 < made.abs().max() < 1e-2, "a millionth of it is nothing in float16"
+
+
+@runs
+@pytest.mark.parametrize("many", [False, True])
+def test_rows_without_a_direction_add_nothing_to_the_loss(many: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A zero row, one too short to square, one that is no number, a mean on the global mean, no class seen."""
+    if many:
+        many_classes(monkeypatch)
     p = make_problem(1, num_classes=6, dim=8, dtype=torch.float32, unseen=())
     center_D = p.mean.mean(0)
     p.w[0], p.w[1], p.w[2, 3] = 0.0, 1e-30, torch.nan
     p.mean[3] = center_D
     for seen in (p.seen, torch.zeros_like(p.seen)):
-        loss, by_weight, _ = kernels.alignment_terms(
-            device(p.w), device(p.mean), device(seen), device(center_D), None, None, by_weight=True
+        loss, (by_weight, *_) = kernels.alignment_terms(
+            device(p.w), device(p.mean), device(seen), device(center_D), by_weight=True, by_mean=False
         )
         w, mean = p.w[4:].double().numpy(), (p.mean - center_D).double().numpy()[4:]
         cos = (w * mean).sum(1) / np.linalg.norm(w, axis=1) / np.linalg.norm(mean, axis=1)
@@ -302,12 +355,31 @@ def test_the_projection_equals_the_reference(radial: F.Radial, dtype: torch.dtyp
     # bfloat16 has 8 bits, and the result is one.
     tolerance = SINGLE if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
     rows = device(p.w), device(mean), device(p.seen), device(center_D)
+    state = device(p.w), device(mean), 0.1 * device(p.seen), device(mean.double().sum(0))
     for g in (device(p.g), device(p.g).t().contiguous().t()):
         out = torch.empty(shape, dtype=dtype, device=DEVICE)
         kernels.project_gradient(out, g, *rows, gamma=0.3, paper=radial == "paper")
         np.testing.assert_allclose(numpy(out), want, **tolerance)
+        kernels.project_gradient(out, g, *state, gamma=0.3, paper=radial == "paper", of_state=True)
+        np.testing.assert_allclose(numpy(out), want, **tolerance)
+        kernels.project_gradient(out, g, *rows, gamma=0.3, paper=radial == "paper")
         kernels.project_gradient(g, g, *rows, gamma=0.3, paper=radial == "paper")
         assert torch.equal(g, out), "in place"
+
+
+@runs
+@pytest.mark.parametrize("seen", [0, 1, 2])
+def test_the_projection_finds_what_the_geometry_is(seen: int) -> None:
+    """Of a single class, which lies on the global mean, and of none, nothing is projected."""
+    p = make_problem(3, num_classes=5, dim=8, dtype=torch.float32, unseen=())
+    mean, weight, _ = zeros(5, 8)
+    mean[:seen], weight[:seen] = p.mean[:seen].to(DEVICE), 0.5
+    mean_sum = 1.00001 * mean.double().sum(0)  # as far away as rounding would not take it
+    g, w, out, want = device(p.g), device(p.w), torch.empty_like(mean), torch.empty_like(mean)
+    kernels.project_gradient(out, g, w, mean, weight, mean_sum, gamma=0.3, paper=True, of_state=True)
+    kernels.project_gradient(want, g, w, mean, *kernels.geometry(weight, mean_sum), gamma=0.3, paper=True)
+    assert torch.equal(out, want)
+    assert (out != g).any(1).tolist() == [seen > 1 and i < seen for i in range(5)]
 
 
 @runs
@@ -351,17 +423,21 @@ class Count(TorchDispatchMode):
         return out
 
 
-HARD = ["move_means", "add_deltas", "geometry", "align_rows", "add_terms", "pull_back"]
-SOFT = ["soft_weights", "move_soft_means", "add_deltas", "geometry", "align_rows", "add_terms"]
+MOVES = {"hard": ["move_means"], "soft": ["soft_weights", "move_soft_means"]}
 
 
-@pytest.mark.parametrize(("kind", "names"), [("hard", HARD), ("soft", SOFT)])
+@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize("kind", MOVES)
 @pytest.mark.parametrize("head", HEADS)
 def test_loss_and_projection_take_few_launches_and_give_what_the_cpu_gives(
-    kind: str, names: list[str], head: str, gpu: PretendedGpu
+    kind: str, head: str, many: bool, gpu: PretendedGpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the step of a strategy costs a GPU: a kernel each, and the little that is left to torch's operations."""
     n, c, d = 12, 5, 6
+    loss_term, projection = ["align_rows"], ["project"]
+    if many:
+        many_classes(monkeypatch)
+        loss_term, projection = ["add_deltas", "geometry", "align_rows", "add_terms"], ["geometry", "project"]
     h, _ = make_batch(1, n, c, d)
     targets, _ = labels(kind, 1, n, c)
     states = []
@@ -377,22 +453,88 @@ def test_loss_and_projection_take_few_launches_and_give_what_the_cpu_gives(
             with Count() as forward:
                 loss = spareg(features, there)
             loss.backward()
+            names = [*MOVES[kind], *loss_term, "pull_back"]
             if place == "cuda":
                 assert gpu.launches == names
             with Count() as step:
                 optimizer.step()
         if place == "cuda":
-            lengths = ["geometry"] if "norm" in head else []  # a leaf of its own, whose gradient is scaled
-            assert gpu.launches == [*names, "geometry", "project", *lengths]
+            if "norm" in head:  # rows may point against their leaf; lengths are one of their own, with a gradient
+                projection = ["geometry", "project", "geometry"]
+            assert gpu.launches == [*names, *projection]
             if head == "linear":
-                # sum of the seen, clone of the loss; of soft labels the weighted sums; SGD's update of the weight.
-                assert len(forward.operations) <= (4 if kind == "hard" else 9), forward.operations
+                # Of many classes the number of those seen; SGD's update of the weight.
+                assert len(forward.operations) <= many, forward.operations
                 assert len(step.operations) <= 1, step.operations
         assert features.grad is not None
         states.append([*parameters, *state_of(tracker).values(), features.grad, loss])
     for here, there in zip(*states, strict=True):
         # Two steps of sums of 12 values of O(10), in another order.
         torch.testing.assert_close(there.detach().cpu(), here.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_gradient_is_of_the_state_that_the_loss_was_of(gpu: PretendedGpu) -> None:
+    """Whatever is taken in before backward, and as often as it is asked for."""
+    h, y = (x.to(GPU) for x in make_batch(1, 12, 5, 6))
+    classifier, (weight, *_) = head_on(GPU, "linear", 5, 6)
+    spareg = spalign.SpARegLoss(classifier)
+    h.requires_grad_()
+    loss = spareg(h, y)
+    inputs = weight, h
+    want = torch.autograd.grad(loss, inputs, retain_graph=True)
+    spareg.tracker.update(h + 1.0, y.flip(0))
+    with torch.no_grad():
+        weight.mul_(-1.0)
+    gpu.launches.clear()
+    assert all(map(torch.equal, torch.autograd.grad(loss, inputs, retain_graph=True), want))
+    assert gpu.launches == ["pull_back"]
+    with pytest.raises(RuntimeError, match="second derivatives"):
+        torch.autograd.grad(loss, inputs, create_graph=True)
+
+
+@runs
+def test_gradients_for_several_factors_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stands for all of them has no memory that a kernel could read."""
+    p = make_problem(1, num_classes=5, dim=6, dtype=torch.float32)
+    h, y = (device(x) for x in make_batch(1, 12, 5, 6))
+    w, mean, weight, mean_sum = device(p.w).requires_grad_(), device(p.mean), device(p.seen).float(), device(p.mean[0])
+    share = F.BatchShare(torch.rand(12, device=DEVICE), y)
+    loss = F._loss_by_kernels(w, mean, weight, mean_sum, h.requires_grad_(), share, of_state=True)
+    want = torch.autograd.grad(loss, (w, h), retain_graph=True)
+    factors = torch.arange(3.0, device=DEVICE)
+    monkeypatch.setattr(Tensor, "is_cuda", property(lambda x: True))
+    batched = torch.autograd.grad(loss, (w, h), factors, is_grads_batched=True)
+    for many, one in zip(batched, want, strict=True):
+        torch.testing.assert_close(many, factors[:, None, None] * one)
+
+
+def test_a_loss_is_the_users_to_write_to_and_needs_no_gradient(
+    gpu: PretendedGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    h, y = (x.to(GPU) for x in make_batch(1, 12, 5, 6))
+    spareg = spalign.SpARegLoss(head_on(GPU, "linear", 5, 6)[0])
+    h.requires_grad_()
+    loss = spareg(h, y)
+    value = loss.item()
+    loss += 1.0
+    loss.backward()
+    assert loss.item() == value + 1.0
+    asked: list[Any] = []
+    real = kernels.alignment_terms
+
+    def spied(*args: Any, **how: Any) -> Any:
+        asked.append(how)
+        return real(*args, **how)
+
+    monkeypatch.setattr(kernels, "alignment_terms", spied)
+    with torch.no_grad():
+        assert not spareg(h, y).requires_grad
+    assert [(how["by_weight"], how["by_mean"]) for how in asked] == [(False, False)], "nothing is made for gradients"
+    state = state_of(spareg.eval().tracker)
+    spareg.tracker.mean_sum.zero_()
+    assert spareg(h, y).requires_grad, "by the classifier"
+    assert not spareg.tracker.mean_sum.any(), "reading writes nothing"
+    assert all(torch.equal(x, state[name]) for name, x in state_of(spareg.tracker).items() if name != "mean_sum")
 
 
 def test_what_the_kernels_do_not_take_is_left_to_torch(gpu: PretendedGpu) -> None:
@@ -467,6 +609,26 @@ def test_a_kernel_gets_only_what_fits_together_and_lies_in_memory_as_it_reads(mo
         (4, torch.zeros(5, 1)),
     ):
         assert not kernels.can_align(*rows[:place], other, *rows[place + 1 :])
+    of_state = mean, mean, weight, mean_sum, mean
+    assert kernels.can_align(*of_state, of_state=True)
+    assert not kernels.can_align(*of_state)
+    assert not kernels.can_align(*rows, of_state=True)
+    for place, other in (
+        (1, torch.zeros(5, 7)),
+        (2, torch.zeros(4)),
+        (2, weight.double()),
+        (2, torch.zeros(5, 2)[:, 0]),
+        (3, torch.zeros(7, dtype=torch.float64)),
+        (3, torch.zeros(6, 2, dtype=torch.float64)[:, 0]),
+        (4, negated(mean)),
+    ):
+        assert not kernels.can_align(*of_state[:place], other, *of_state[place + 1 :], of_state=True)
+    for c, d, few in ((1024, 32, True), (1025, 1, False), (4, 8192, True), (5, 8192, False)):
+        state = torch.zeros(c, d), torch.zeros(c), torch.zeros(d, dtype=torch.float64)
+        assert kernels.can_align(state[0], *state, of_state=True) == few
+    for factor in (torch.ones(2), torch.ones((), dtype=torch.float64), torch.ones((), device="meta")):
+        assert not kernels.can_pull_back(factor, mean)
+    assert kernels.can_pull_back(torch.ones(()), mean, None)
     answers = []
 
     def asks(g: Tensor) -> Tensor:
@@ -517,8 +679,10 @@ def test_rates_and_labels_of_every_other_sample() -> None:
     p = make_problem(1, num_classes=5, dim=6, dtype=torch.float32)
     rate, labels_N = torch.rand(8), torch.arange(8) % 5
     rows = device(p.w), device(p.mean), device(p.seen), device(p.mean.mean(0))
-    _, _, of_all = kernels.alignment_terms(*rows, device(rate), device(labels_N), by_weight=False)
-    _, _, of_some = kernels.alignment_terms(*rows, device(rate)[::2], device(labels_N)[::2], by_weight=False)
+    _, terms = kernels.alignment_terms(*rows, by_weight=False, by_mean=True)
+    one, rate, labels_N = torch.ones((), device=DEVICE), device(rate), device(labels_N)
+    _, of_all = kernels.pull_back(terms, one, rate, labels_N, None, torch.float32)
+    _, of_some = kernels.pull_back(terms, one, rate[::2], labels_N[::2], None, torch.float32)
     assert of_all is not None
     assert of_some is not None
     assert torch.equal(of_some, of_all[::2])
@@ -551,9 +715,12 @@ def test_they_agree_with_torch_where_its_products_are_rounded_to_tf32(monkeypatc
         ("move_means", "class means (hard labels)"),
         ("move_soft_means", "class means (soft labels)"),
         ("add_deltas", "sum of the means"),
+        ("align_rows", "sum of the means, afresh"),
+        ("align_rows", "gradient by the classifier (soft labels)"),
         ("geometry", "global mean"),
         ("add_terms", "loss"),
-        ("pull_back", "gradient by the features (hard labels)"),
+        ("pull_back", "gradient by the classifier (hard labels)"),
+        ("pull_back", "gradient by the features (soft labels)"),
         ("project", "projection"),
     ],
 )
@@ -568,7 +735,7 @@ def test_a_kernel_that_does_nothing_is_found_out(name: str, what: str, monkeypat
     monkeypatch.setattr(kernels, "_code", lambda: broken)
     # Memory that nothing was written to holds anything, also what was to be written.
     real = Tensor.new_empty
-    monkeypatch.setattr(Tensor, "new_empty", lambda x, *args, **options: real(x, *args, **options).fill_(1))
+    monkeypatch.setattr(Tensor, "new_empty", lambda x, *args, **options: real(x, *args, **options).fill_(3))
     monkeypatch.setattr(torch, "empty_like", lambda x, **options: torch.ones_like(x, **options))
     assert what in kernels.disagreement(torch.device(DEVICE))
 
@@ -699,13 +866,14 @@ from triton.compiler import ASTSource
 from spalign import kernels
 code = kernels._code()
 TYPES = {
-    **dict.fromkeys(("owner_N", "owner_C", "alignable_C"), "*i8"),
+    **dict.fromkeys(("owner_N", "owner_C", "alignable_C", "seen_C"), "*i8"),
     **dict.fromkeys(("class_N", "count"), "*i64"),
     **dict.fromkeys(("ignore_index", "num_samples", "num_classes", "dim", "programs"), "i32"),
     **dict.fromkeys(("momentum", "gamma", "floor_squared", "tiny", "least"), "fp32"),
     "mean_sum_D": "*fp64", "features": "*bf16", "targets_N": "*i64",
 }
-NOTHING = dict.fromkeys(("by_weight_CD", "e_CD", "e_sum_PD", "e_sum_D"))  # what is not asked for
+NOTHING = dict.fromkeys(("by_weight_CD", "e_CD", "e_sum_PD", "e_sum_D", "share_C"))  # what is not asked for
+NO_SAMPLES = dict.fromkeys(("by_features_ND", "e_CD", "e_sum_D", "share_C", "rate_N", "class_N"))
 ONES = ("num_samples", "num_classes", "dim", "programs")  # Triton makes a constant of an integer that is 1
 def unordered(ttir):
     # What every thread loads, and one of them stores while others may still be about to load it.
@@ -719,6 +887,9 @@ def narrow(ttir):
 built = {}
 for dim in (1, 64, 2048, kernels.MOST_DIMENSIONS):
     block, block_r = kernels._block(dim), kernels._tile(kernels._block(dim))
+    given = {"OF_STATE": False, "WRITE_SUM": False, "BLOCK_R": 1, "BLOCK_C": 1, "mean_sum_D": None}
+    state = {"OF_STATE": True, "seen_C": "*fp32", "count": None, "programs": 1, "BLOCK_R": max(8192 // block, 1)}
+    written, read = {"WRITE_SUM": True, "center_D": None}, {"WRITE_SUM": False, "center_D": None, "mean_sum_D": None}
     for name, options, warps in (
         ("move_means", {"CUMULATIVE": False, "BLOCK_R": block_r, "BLOCK_N": kernels.MOST_SAMPLES}, 4),
         ("move_means", {"CUMULATIVE": True, "BLOCK_R": block_r, "BLOCK_N": 16}, 4),
@@ -727,23 +898,29 @@ for dim in (1, 64, 2048, kernels.MOST_DIMENSIONS):
         ("move_soft_means", {"CUMULATIVE": False, "BLOCK_R": block_r}, 4),
         ("add_deltas", {"BLOCK_R": 32, "BLOCK_D": 64}, 4),
         ("geometry", {"BLOCK_C": 1024, "BLOCK_D": min(block, 1024)}, 4),
-        ("align_rows", {"BY_WEIGHT": True, "BY_MEAN": True}, 1),
-        ("align_rows", {"BY_WEIGHT": False, "BY_MEAN": False, **NOTHING}, 1),
+        ("align_rows", {"BY_WEIGHT": True, "BY_MEAN": True, **given}, 1),
+        ("align_rows", {"BY_WEIGHT": False, "BY_MEAN": False, **given, **NOTHING}, 1),
+        ("align_rows", {"BY_WEIGHT": True, "BY_MEAN": True, **state, **written}, 16),
+        ("align_rows", {"BY_WEIGHT": False, "BY_MEAN": False, **state, **read, **NOTHING}, 16),
         ("add_terms", {"BY_MEAN": True, "BLOCK_P": 32, "BLOCK_D": 64}, 4),
         ("add_terms", {"BY_MEAN": False, "BLOCK_P": 32, "BLOCK_D": 64, **NOTHING}, 4),
-        ("pull_back", {}, 1),
-        ("project", {"PAPER": True}, 1),
-        ("project", {"PAPER": False}, 1),
+        ("pull_back", {"BY_FEATURES": True, "BY_WEIGHT": True, "by_features_ND": "*bf16"}, 1),
+        ("pull_back", {"BY_FEATURES": False, "BY_WEIGHT": True, "num_samples": 0, **NO_SAMPLES}, 1),
+        ("project", {"PAPER": True, **given}, 1),
+        ("project", {"PAPER": False, **given}, 1),
+        ("project", {"PAPER": True, **state, "BLOCK_C": kernels.FEW_CLASSES, "center_D": "*fp64"}, 1),
     ):
         kernel = getattr(code, name)
         ones = {argument: 1 for argument in kernel.arg_names if argument in ONES or argument.endswith("_stride")}
         known = {"BLOCK_D": block, **options, **(ones if dim == 1 else {})}
-        constants = {key: value for key, value in known.items() if key in kernel.arg_names}
+        known = {key: value for key, value in known.items() if key in kernel.arg_names}
+        types = {**TYPES, **{key: value for key, value in known.items() if isinstance(value, str)}}
+        constants = {key: value for key, value in known.items() if not isinstance(value, str)}
         signature = {}
         for argument in kernel.arg_names:
             if argument not in constants:
                 default = "i32" if argument.endswith("_stride") else "*fp32"
-                signature[argument] = TYPES.get(argument, default)
+                signature[argument] = types.get(argument, default)
             elif "constexprs" in ASTSource.__init__.__code__.co_varnames:
                 signature[argument] = "constexpr"
         if "BLOCK_D" not in options:
@@ -767,7 +944,7 @@ def test_they_compile_for_three_generations_of_gpus(tmp_path: Path) -> None:
     )
     assert run.returncode == 0, run.stderr[-2000:]
     built = json.loads(run.stdout)
-    assert len(built) == 4 * 14 * len(architectures)
+    assert len(built) == 4 * 18 * len(architectures)
     for name, (size, shared, races, narrow) in built.items():
         assert size > 1000, name
         assert races == [], f"{name}: stored without waiting for the threads that load it"

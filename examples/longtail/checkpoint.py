@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -21,7 +22,10 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 
 
 class FolderLock:
-    """Keeps a second process out of a run's folder until this one ends, however it ends."""
+    """Keeps a second process out of a run's folder until this one ends, however it ends.
+
+    Processes forked from this one, such as loader workers, hold nothing: they may live on for seconds after a kill.
+    """
 
     def __init__(self, folder: Path) -> None:
         """Take the lock.
@@ -39,6 +43,13 @@ class FolderLock:
         except OSError as error:
             self.release()
             raise OSError(f"{folder} is in use by another process: wait for it, end it, or set --output-dir") from error
+        here = weakref.ref(self)
+
+        def release_in_child() -> None:
+            if (lock := here()) is not None:
+                lock.release()
+
+        os.register_at_fork(after_in_child=release_in_child)
 
     def release(self) -> None:
         """Let others in."""

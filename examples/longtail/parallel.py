@@ -9,10 +9,13 @@ import contextlib
 import inspect
 import os
 import signal
+import sys
 import time
+import traceback
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -25,6 +28,10 @@ from .baseline import Baseline, Batch, Step
 from .settings import torch_device
 
 
+class SharedError(ValueError):
+    """What is wrong on all ranks, or what all have been told of: the first one says it."""
+
+
 @dataclass(frozen=True)
 class World:
     """The ranks of a run.
@@ -34,6 +41,7 @@ class World:
         device: this process's own.
         grouped: whether there is a process group.
         restarted: whether torchrun has started any rank anew, after a failure.
+        launch: tells one call of torchrun from every other, and is the same after a restart.
     """
 
     rank: int
@@ -41,6 +49,7 @@ class World:
     device: torch.device
     grouped: bool
     restarted: bool = False
+    launch: str = ""
 
     @property
     def first(self) -> bool:
@@ -70,15 +79,42 @@ class World:
         """Raise an error of any rank on all of them, so that none waits for one that is gone.
 
         Raises:
-            ValueError, OSError: what the first rank to have one has.
+            SharedError: with the message of the first rank to have one; of a rank alone, its error itself.
         """
-        errors: list[Any] = [error]
-        if self.grouped:
-            errors = [None] * self.size
-            dist.all_gather_object(errors, error)
-        for error in errors:
+        if not self.grouped:
             if error is not None:
                 raise error
+            return
+        errors: list[Exception | None] = [None] * self.size
+        dist.all_gather_object(errors, error)
+        for error in errors:
+            if error is not None:
+                raise SharedError(str(error)) from error
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Raise on all ranks what any of them raises inside, where none may wait for another.
+
+        Raises:
+            SharedError, ValueError, OSError: as `raise_together` does.
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except (ValueError, OSError) as caught:
+            error = caught
+        self.raise_together(error)
+
+    def leave(self, code: int) -> None:
+        """End this process now if it is one of a group.
+
+        An orderly end of the group would wait for collectives that others are in, and they for this one, without end.
+        torchrun ends them as soon as this process is gone.
+        """
+        if self.grouped:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
 
 
 def meet(store: Any, rank: int, size: int) -> str:
@@ -110,9 +146,23 @@ def meet(store: Any, rank: int, size: int) -> str:
     return own
 
 
+def _launch() -> str:
+    """Return what tells the process that started this one from all others: torchrun's own, which outlives its restarts.
+
+    Its run id does not: `--rdzv-id` may be the same for every run.
+    """
+    agent, boot, began = os.getppid(), "", ""
+    with contextlib.suppress(OSError):  # where there is no /proc, the number has to do
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        began = Path(f"/proc/{agent}/stat").read_text().rpartition(")")[2].split()[19]  # clock ticks after the boot
+    return " ".join((os.environ.get("TORCHELASTIC_RUN_ID", ""), boot, str(agent), began))
+
+
 @contextlib.contextmanager
 def world(device: str) -> Iterator[World]:
     """Join the ranks that torchrun has started, or be the only one.
+
+    What is raised inside ends a process of a group at once, with exit code 1: see `World.leave`.
 
     Args:
         device: `auto`, `cpu`, or `cuda` for the GPU of this process's number on its machine.
@@ -139,12 +189,15 @@ def world(device: str) -> Iterator[World]:
     # Objects and the agreement to stop travel by gloo, so that no GPU has to be waited for.
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    ranks = World(rank, size, chosen, grouped=True)
     try:
         restarts = torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))
         dist.all_reduce(restarts, op=dist.ReduceOp.MAX)
-        yield World(rank, size, chosen, grouped=True, restarted=int(restarts) > 0)
-    finally:
-        dist.destroy_process_group()
+        yield replace(ranks, restarted=int(restarts) > 0, launch=ranks.from_first(_launch()))
+    except BaseException:
+        traceback.print_exc()
+        ranks.leave(1)
+    dist.destroy_process_group()
 
 
 class StepModule(nn.Module):
@@ -259,9 +312,12 @@ class Stop:
         return False
 
     def settle(self) -> bool:
-        """Return the answer to the last question, with none to follow."""
-        if self._work is not None:
+        """Return whether any rank has been told to stop by now; to be called by all of them, and waits for them."""
+        if self._group is None:
+            return self.asked
+        if self._work is not None:  # its answer is in what is asked now: nobody forgets
             self._work.wait()
             self._work = None
-            return bool(self._flag.item())
-        return self.asked
+        self._flag.fill_(int(self.asked))
+        dist.all_reduce(self._flag, group=self._group)
+        return bool(self._flag.item())

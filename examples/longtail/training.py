@@ -31,7 +31,7 @@ from spalign import kernels
 from .alignment import Alignment
 from .baseline import Baseline, Step
 from .checkpoint import FolderLock
-from .parallel import World
+from .parallel import SharedError, World
 from .recipes import Schedule
 from .reporting import Figures, Groups, Reporter, accuracy_figures, group_means, write_result
 from .settings import choose_algorithms
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from .settings import Settings
 
 AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+LAUNCH = ".launch"  # in a run's folder: which launch of torchrun has begun it or gone on with it
 
 
 class TrainingError(RuntimeError):
@@ -64,13 +65,14 @@ class Run(ABC):
 
     def __init__(self, settings: Settings | ImageNetSettings, world: World, *, deterministic: bool = False) -> None:
         self.settings, self.world, self.device = settings, world, world.device
-        choose_algorithms(self.device, deterministic=deterministic)
+        with world.together():
+            choose_algorithms(self.device, deterministic=deterministic)
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         self.folder = settings.output_dir
-        self.resumes = settings.resume or world.restarted
+        self.resumes = settings.resume or (world.restarted and self._is_ours())
         if self._newest_checkpoint() is not None and not (self.resumes or settings.overwrite):
-            raise ValueError(f"{self.folder} holds a run: pass --resume, --overwrite, or another --output-dir")
+            raise SharedError(f"{self.folder} holds a run: pass --resume, --overwrite, or another --output-dir")
         self.outcome = settings.outcome()
         self.amp_dtype = AMP_DTYPES[settings.amp]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.amp == "fp16")
@@ -117,18 +119,17 @@ class Run(ABC):
 
     def _open(self) -> None:
         """Take the run's folder, and go on from its newest checkpoint or start afresh."""
-        settings, error = self.settings, None
-        if self.world.first:
-            try:
+        settings = self.settings
+        with self.world.together():
+            if self.world.first:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self.lock = FolderLock(self.folder)
-            except OSError as caught:
-                error = caught
-        self.world.raise_together(error)
         self.environment = environment(self.device)  # now: the files may change while the run is under way
         newest = self._newest_checkpoint() if self.resumes else None
         note = self._start_fresh() if newest is None else self._resume(newest)
         if self.world.first:
+            if self.world.launch:
+                (self.folder / LAUNCH).write_text(self.world.launch)
             self.reporter = Reporter(
                 self.folder,
                 epochs=settings.recipe.epochs,
@@ -299,10 +300,18 @@ class Run(ABC):
     def _resume(self, path: Path) -> str:
         """Go on from a checkpoint, and return a line that says from where."""
 
+    def _is_ours(self) -> bool:
+        """Return whether an attempt of this very launch has had the folder: a restart goes on from nothing else."""
+        ours = False
+        if self.world.first:
+            with contextlib.suppress(OSError):  # it never came to have it
+                ours = (self.folder / LAUNCH).read_text() == self.world.launch
+        return bool(self.world.from_first(ours))
+
     def _start_fresh(self) -> str:
         """Remove what another run left, or else a run killed in its first epoch would go on from that one's state."""
         if self.world.first:
-            names = (self.folder / name for name in self.written)
+            names = (self.folder / name for name in (*self.written, LAUNCH))
             for path in (*names, *self.folder.glob("tensorboard/events.out.*")):
                 if path.is_dir():
                     shutil.rmtree(path, ignore_errors=True)

@@ -14,19 +14,22 @@ import importlib.util
 import os
 import threading
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 __all__ = [
+    "Terms",
     "alignment_terms",
     "can_align",
+    "can_pull_back",
     "can_read",
     "can_update",
     "geometry",
     "in_use",
     "project_gradient",
+    "pull_back",
     "ready",
     "update_class_means_",
 ]
@@ -36,6 +39,9 @@ SWITCH = "SPALIGN_KERNELS"
 MOST_SAMPLES, MOST_DIMENSIONS, MOST_CLASSES = 4096, 8192, 1 << 16
 MOST_SOFT = 1 << 16  # elements of features with soft labels, which every class reads
 MOST_PROGRAMS = 512  # for the rows of a classifier: enough to fill a GPU
+# Up to this many classes and elements of a classifier, launches cost more than one program for all rows does, or than
+# every program counting the classes seen.
+FEW_CLASSES, FEW_ELEMENTS = 1024, 1 << 15
 
 _PLAIN = (Tensor, nn.Parameter)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -128,19 +134,23 @@ def disagreement(device: torch.device) -> str:
     """Compare the kernels with torch's operations on small problems. Return what differs, ``""`` if nothing does."""
     from spalign import functional  # which imports this module
 
-    num_samples, num_classes, dim = 24, 5, 40
+    num_samples = 24
 
     def wave(*shape: int, step: float) -> Tensor:  # not random numbers, whose generator is the user's
         numbers = torch.arange(1, 1 + torch.Size(shape).numel(), device=device, dtype=torch.float32)
         return numbers.mul_(step).sin_().view(shape)
 
-    h_ND, w_CD, g_CD = (wave(n, dim, step=s) for n, s in ((num_samples, 0.7), (num_classes, 1.3), (num_classes, 2.1)))
-    w_CD.requires_grad_()
-    labels_N = torch.arange(num_samples, device=device) % (num_classes - 1)
-    soft_NC = torch.softmax(wave(num_samples, num_classes, step=1.9), 1)
+    factor = torch.full((), 0.5, device=device)
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
-    for kind, targets in (("hard", labels_N), ("soft", soft_NC)):
+    # Few elements, which leave the global mean to the kernels that use it, and more, which have kernels for it.
+    for kind, num_classes, dim in (("hard", 5, 40), ("soft", 1 + FEW_ELEMENTS // 1000, 1000)):
+        of_state, paper = (kind == "hard",) * 2
+        h_ND = wave(num_samples, dim, step=0.7)
+        labels_N = torch.arange(num_samples, device=device) % (num_classes - 1)
+        soft_NC = torch.softmax(wave(num_samples, num_classes, step=1.9), 1)
+        targets = labels_N if kind == "hard" else soft_NC
         mean_CD = wave(num_classes, dim, step=0.3)
+        w_CD, g_CD = (mean_CD + wave(num_classes, dim, step=1.3)).requires_grad_(), wave(num_classes, dim, step=2.1)
         mean_CD[0] = 0.0
         weight_C = mean_CD.any(1).float()
         state, expected = [[mean_CD.clone(), weight_C.clone(), mean_CD.double().sum(0)] for _ in range(2)]
@@ -149,27 +159,34 @@ def disagreement(device: torch.device) -> str:
         batch = functional._parse_batch(h_ND, targets, num_classes, -100, torch.float64)
         sum_CD, batch_weight_C = (x.float() for x in functional._batch_statistics(batch, num_classes))
         rates = functional._update_from_statistics_(expected[0], expected[1], sum_CD, batch_weight_C, 0.3, expected[2])
-        alignable_C, center_D = geometry(state[1], state[2])
-        moved_by = functional._share_of_rates(batch, rates)
-        rows, paper = (w_CD, expected[0], alignable_C, center_D), kind == "hard"
+        seen_C = expected[1] > 0
+        rows = (w_CD, expected[0], seen_C, functional.global_mean(expected[0], seen_C))
+        afresh_D = torch.empty_like(state[2])
+        mine = (w_CD, expected[0], *((state[1], afresh_D) if of_state else geometry(state[1], state[2])))
+        loss, terms = alignment_terms(*mine, by_weight=True, by_mean=True, of_state=of_state, write_sum=of_state)
+        if of_state:
+            pairs["sum of the means, afresh"] = afresh_D, expected[2]
+        else:
+            pairs["global mean"] = mine[-1], rows[-1]
         projected_CD = torch.empty_like(g_CD)
-        project_gradient(projected_CD, g_CD, *rows, gamma=0.4, paper=paper)
+        project_gradient(projected_CD, g_CD, *mine, gamma=0.4, paper=paper, of_state=of_state)
+        moved_by = functional.BatchShare(wave(num_samples, step=0.9), labels_N)
+        by_weight, by_features = pull_back(terms, factor, *moved_by, w_CD.dtype, h_ND.dtype)
         radial: functional.Radial = "paper" if paper else "keep"
-        terms: Any = alignment_terms(*rows, *share, by_weight=True)
         their_terms: Any = functional._alignment_terms(*rows, moved_by)
-        for name, mine, theirs in (
+        for name, own, theirs in (
             ("class means", state[0], expected[0]),
             ("weights", state[1], expected[1]),
             ("sum of the means", state[2], expected[2]),
-            ("rates", share[0], moved_by.rate),
-            ("global mean", center_D, functional.global_mean(expected[0], expected[1] > 0)),
+            ("rates", share[0], functional._share_of_rates(batch, rates).rate),
             ("projection", projected_CD, functional._project_rows(g_CD, *rows, gamma=0.4, radial=radial)),
-            ("loss", terms[0], their_terms[0]),
-            ("gradient by the classifier", terms[1], their_terms[1]),
-            ("gradient by the features", terms[2], their_terms[2]),
+            ("loss", loss, their_terms[0]),
+            ("gradient by the classifier", by_weight, 0.5 * their_terms[1]),
+            ("gradient by the features", by_features, 0.5 * their_terms[2]),
         ):
-            pairs[f"{name} ({kind} labels)"] = mine, theirs
-    # Sums of at most 40 numbers of about 1, in another order, and quotients of them.
+            assert own is not None
+            pairs[f"{name} ({kind} labels)"] = own, theirs
+    # Sums of at most 1000 numbers of about 1, in another order, and quotients of them.
     wrong = [name for name, (a, b) in pairs.items() if not torch.allclose(a.double(), b.double(), 1e-4, 1e-5)]
     return f"they differ in {', '.join(wrong)}" if wrong else ""
 
@@ -179,7 +196,10 @@ def _are_plain(*tensors: Tensor) -> bool:
     if torch._C._are_functorch_transforms_active():  # their wrappers are of type Tensor and point nowhere
         return False
     device = tensors[0].device
-    return all(type(x) in _PLAIN and x.device == device and not x.is_neg() for x in tensors)
+    # What stands for the many gradients of torch.autograd.grad(is_grads_batched=True) has no storage, nor a functorch.
+    return all(
+        type(x) in _PLAIN and x.device == device and not x.is_neg() and torch._C._has_storage(x) for x in tensors
+    )
 
 
 def _is_state(*tensors: Tensor) -> bool:
@@ -328,21 +348,48 @@ def geometry(weight_C: Tensor, mean_sum_D: Tensor) -> tuple[Tensor, Tensor]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def can_align(weight_CD: Tensor, mean_CD: Tensor, seen_C: Tensor, center_D: Tensor, *grads: Tensor) -> bool:
-    """Return whether :func:`alignment_terms`, and with a gradient :func:`project_gradient`, take these."""
+def can_align(
+    weight_CD: Tensor, mean_CD: Tensor, seen_C: Tensor, center_D: Tensor, *grads: Tensor, of_state: bool = False
+) -> bool:
+    """Return whether :func:`alignment_terms`, and with a gradient :func:`project_gradient`, take these.
+
+    ``of_state`` asks whether they take, for classes and global mean, the weights (C,) and the sum of the means (D,) of
+    which they are made: where classes are few.
+    """
     if not mean_CD.is_cuda or torch.compiler.is_compiling():
         return False
     shape = mean_CD.shape
+    if of_state:
+        fits = len(seen_C) <= FEW_CLASSES and mean_CD.numel() <= FEW_ELEMENTS and seen_C.shape == shape[:1]
+        fits = fits and _is_state(mean_CD, seen_C) and _is_sum(center_D, shape[1])
+    else:
+        fits = (center_D.shape, seen_C.shape, seen_C.dtype) == (shape[1:], shape[:1], torch.bool)
+        fits = fits and _is_state(mean_CD, center_D)
     return (
-        mean_CD.numel() > 0
+        fits
+        and mean_CD.numel() > 0
         and shape[1] <= MOST_DIMENSIONS
         and not mean_CD.requires_grad
         and all(x.dtype in _FLOATS and x.shape == shape for x in (weight_CD, *grads))
-        and (center_D.shape, seen_C.shape, seen_C.dtype) == (shape[1:], shape[:1], torch.bool)
         and _are_plain(weight_CD, mean_CD, seen_C, center_D, *grads)
-        and _is_state(mean_CD, center_D)
         and ready(mean_CD)
     )
+
+
+class Terms(NamedTuple):
+    """What the regularizer's gradients are made of, None where not asked for.
+
+    Attributes:
+        by_weight: (C, D), its gradient by the classifier.
+        e: (C, D), that by the class means, as if the global mean were fixed.
+        e_sum: (D,), sum of the rows of e.
+        share: (C,), of each mean in the global mean: the gradient by the class means is ``e - share e_sum``.
+    """
+
+    by_weight: Tensor | None
+    e: Tensor | None
+    e_sum: Tensor | None
+    share: Tensor | None
 
 
 def alignment_terms(
@@ -350,69 +397,117 @@ def alignment_terms(
     mean_CD: Tensor,
     seen_C: Tensor,
     center_D: Tensor,
-    rate: Tensor | None,
-    labels_N: Tensor | None,
     *,
     by_weight: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return the regularizer, its gradient by the weight (C, D) and that by the features (N, D), where asked for.
+    by_mean: bool,
+    of_state: bool = False,
+    write_sum: bool = False,
+) -> tuple[Tensor, Terms]:
+    """Return the regularizer, and what gives its gradients by the weight and by the means, where asked for.
 
-    The latter is asked for by what :func:`spalign.functional.update_class_means_` returned, rate and labels.
+    ``of_state`` has the weights (C,) for ``seen_C`` and the sum of the means (D,) for ``center_D``. The means are added
+    up afresh then, and ``write_sum`` writes the sum, which an update may have left to this.
     """
     code, (num_classes, dim) = _code(), mean_CD.shape
-    weight_CD, count = weight_CD.detach(), seen_C.sum()
-    seen_C = seen_C.contiguous().view(torch.int8)
-    programs, block, by_mean = min(num_classes, MOST_PROGRAMS), _block(dim), rate is not None
-    loss, loss_P = mean_CD.new_empty(()), mean_CD.new_empty(programs)
+    weight_CD, block = weight_CD.detach(), _block(dim)
+    # One program has the sums of all rows; of several, each looks at one row at a time.
+    few = mean_CD.numel() <= FEW_ELEMENTS
+    programs = 1 if few else min(num_classes, MOST_PROGRAMS)
+    tile = min(_block(num_classes, least=1), max(8192 // block, 1)) if few else 1
+    loss = mean_CD.new_empty(())
+    loss_P = loss if programs == 1 else mean_CD.new_empty(programs)
     by_weight_CD = torch.empty_like(mean_CD) if by_weight else None
-    e_CD, e_sum_PD, e_sum_D, by_features_ND = None, None, None, None
+    e_CD, e_sum_PD, e_sum_D, share_C = None, None, None, None
     if by_mean:
-        e_CD, e_sum_PD, e_sum_D = torch.empty_like(mean_CD), mean_CD.new_empty(programs, dim), mean_CD.new_empty(dim)
+        e_CD, e_sum_D, share_C = torch.empty_like(mean_CD), mean_CD.new_empty(dim), mean_CD.new_empty(num_classes)
+        e_sum_PD = e_sum_D if programs == 1 else mean_CD.new_empty(programs, dim)
     with _on(mean_CD):
         code.align_rows[(programs,)](
             by_weight_CD,
             e_CD,
             e_sum_PD,
+            share_C,
             loss_P,
+            center_D if write_sum else None,
             weight_CD,
             mean_CD,
-            center_D,
-            seen_C,
-            count,
+            None if of_state else center_D,
+            seen_C if of_state else seen_C.contiguous().view(torch.int8),
+            None if of_state else seen_C.sum(),
             *weight_CD.stride(),
             num_classes,
             dim,
             programs,
             _FLOOR_SQUARED,
             _TINY,
+            OF_STATE=of_state,
+            WRITE_SUM=write_sum,
             BY_WEIGHT=by_weight,
             BY_MEAN=by_mean,
+            BLOCK_R=tile,
+            BLOCK_D=block,
+            num_warps=_warps(tile * block),
+        )
+        if programs > 1:
+            code.add_terms[_blocks(dim if by_mean else 1, 64)](
+                loss, e_sum_D, loss_P, e_sum_PD, programs, dim, BY_MEAN=by_mean, BLOCK_P=32, BLOCK_D=64, num_warps=4
+            )
+    return loss, Terms(by_weight_CD, e_CD, e_sum_D, share_C)
+
+
+def can_pull_back(factor: Tensor, *saved: Tensor | None) -> bool:
+    """Return whether :func:`pull_back` takes a gradient of the regularizer, beside what was saved for it."""
+    known = (x for x in saved if x is not None)
+    return (
+        factor.is_cuda
+        and not torch.compiler.is_compiling()
+        and (factor.dtype, factor.ndim) == (torch.float32, 0)
+        and _are_plain(factor, *known)
+    )
+
+
+def pull_back(
+    terms: Terms,
+    factor: Tensor,
+    rate_N: Tensor | None,
+    class_N: Tensor | None,
+    weight_dtype: torch.dtype | None,
+    features_dtype: torch.dtype | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients by the weight (C, D) and by the features (N, D) in these dtypes, times the factor.
+
+    Each where there are terms for it, and for the latter what :func:`update_class_means_` returned of hard labels.
+    """
+    by_weight_CD = by_features_ND = None
+    num_rows = num_samples = dim = 0
+    if terms.by_weight is not None:
+        by_weight_CD = torch.empty_like(terms.by_weight, dtype=weight_dtype)
+        num_rows, dim = by_weight_CD.shape
+    if terms.e is not None and rate_N is not None and class_N is not None:
+        num_samples, dim, rate_N, class_N = len(class_N), terms.e.shape[1], rate_N.contiguous(), class_N.contiguous()
+        by_features_ND = terms.e.new_empty(num_samples, dim, dtype=features_dtype)
+    if num_samples + num_rows == 0:
+        return by_weight_CD, by_features_ND
+    block = _block(dim)
+    with _on(factor):
+        _code().pull_back[(num_samples + num_rows,)](
+            by_features_ND,
+            by_weight_CD,
+            terms.by_weight,
+            terms.e,
+            terms.e_sum,
+            terms.share,
+            rate_N,
+            class_N,
+            factor,
+            num_samples,
+            dim,
+            BY_FEATURES=num_samples > 0,
+            BY_WEIGHT=num_rows > 0,
             BLOCK_D=block,
             num_warps=_warps(block),
         )
-        code.add_terms[_blocks(dim if by_mean else 1, 64)](
-            loss, e_sum_D, loss_P, e_sum_PD, programs, dim, BY_MEAN=by_mean, BLOCK_P=32, BLOCK_D=64, num_warps=4
-        )
-        if rate is not None and labels_N is not None:
-            by_features_ND = mean_CD.new_empty(len(labels_N), dim)
-            code.pull_back[(len(labels_N),)](
-                by_features_ND,
-                e_CD,
-                e_sum_D,
-                seen_C,
-                count,
-                rate.contiguous(),
-                labels_N.contiguous(),
-                dim,
-                BLOCK_D=block,
-                num_warps=_warps(block),
-            )
-    if rate is not None and labels_N is None:
-        assert e_CD is not None
-        assert e_sum_D is not None
-        with torch.autocast(mean_CD.device.type, enabled=False):
-            by_features_ND = rate @ e_CD.addr_(seen_C / count.clamp(min=1), e_sum_D, alpha=-1)
-    return loss, by_weight_CD, by_features_ND
+    return by_weight_CD, by_features_ND
 
 
 def project_gradient(
@@ -425,26 +520,30 @@ def project_gradient(
     *,
     gamma: float,
     paper: bool,
+    of_state: bool = False,
 ) -> None:
-    """Write the projected gradient into ``out_CD``, which may be the gradient itself."""
-    dim = grad_CD.shape[1]
+    """Write the projected gradient into ``out_CD``, which may be the gradient itself; ``of_state`` as above."""
+    num_classes, dim = grad_CD.shape
     block = _block(dim)
     with _on(mean_CD):
-        _code().project[(len(grad_CD),)](
+        _code().project[(num_classes,)](
             out_CD,
             grad_CD.detach(),
             weight_CD.detach(),
             mean_CD,
             center_D,
-            seen_C.contiguous().view(torch.int8),
+            seen_C if of_state else seen_C.contiguous().view(torch.int8),
             *out_CD.stride(),
             *grad_CD.stride(),
             *weight_CD.stride(),
+            num_classes,
             dim,
             float(gamma),
             _FLOOR_SQUARED,
             _TINY,
+            OF_STATE=of_state,
             PAPER=paper,
+            BLOCK_C=_block(num_classes) if of_state else 1,
             BLOCK_D=block,
             num_warps=_warps(block),
         )

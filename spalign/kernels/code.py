@@ -199,11 +199,13 @@ def align_rows(
     by_weight_CD,
     e_CD,
     e_sum_PD,
+    share_C,
     loss_P,
+    mean_sum_D,
     weight_CD,
     mean_CD,
     center_D,
-    alignable_C,
+    seen_C,
     count,
     row_stride,
     column_stride,
@@ -212,40 +214,66 @@ def align_rows(
     programs,
     floor_squared,
     tiny,
+    OF_STATE: tl.constexpr,
+    WRITE_SUM: tl.constexpr,
     BY_WEIGHT: tl.constexpr,
     BY_MEAN: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Write the regularizer's gradients by the classifier's rows, and by the means as if mu_G were fixed (e).
 
-    Programs: every P-th row each, with the sums of its terms and of its e.
+    Programs: every P-th tile of rows each, with the sums of its terms and of its e. ``OF_STATE``: a single program
+    that adds up the means afresh, writes their sum if asked to, and gets weights of classes for ``seen``.
     """
     p = tl.program_id(0)
-    d = tl.arange(0, BLOCK_D)
-    center = tl.load(center_D + d, mask=d < dim, other=0.0)
+    d, k = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_R)
+    if OF_STATE:
+        sum_D = tl.zeros([BLOCK_D], dtype=tl.float64)
+        seen_R = tl.zeros([BLOCK_R], dtype=tl.int32)
+        for start in range(0, num_classes, BLOCK_R):
+            r = start + k
+            mask_RD = (r < num_classes)[:, None] & (d < dim)[None, :]
+            mean_RD = tl.load(mean_CD + r[:, None].to(tl.int64) * dim + d[None, :], mask=mask_RD, other=0.0)
+            sum_D += tl.sum(mean_RD.to(tl.float64), axis=0)
+            seen_R += (tl.load(seen_C + r, mask=r < num_classes, other=0.0) > 0.0).to(tl.int32)
+        num_seen = tl.sum(seen_R, axis=0)
+        if WRITE_SUM:
+            tl.store(mean_sum_D + d, sum_D, mask=d < dim)
+        center = (sum_D / tl.maximum(num_seen, 1).to(tl.float64)).to(tl.float32)
+    else:
+        num_seen = tl.load(count)
+        center = tl.load(center_D + d, mask=d < dim, other=0.0)
     least = floor_squared * tl.sum(center * center, axis=0) + tiny
-    share = 1.0 / tl.maximum(tl.load(count), 1).to(tl.float32)
+    share = 1.0 / tl.maximum(num_seen, 1).to(tl.float32)
     e_sum = tl.zeros([BLOCK_D], dtype=tl.float32)
-    loss = 0.0
-    for c in range(p, num_classes, programs):
-        row = tl.cast(c, tl.int64)
-        place_D = row * row_stride + d.to(tl.int64) * column_stride
-        w = tl.load(weight_CD + place_D, mask=d < dim, other=0.0).to(tl.float32)
-        x = tl.load(mean_CD + row * dim + d, mask=d < dim, other=0.0) - center
-        ww, xx, wx = tl.sum(w * w, axis=0), tl.sum(x * x, axis=0), tl.sum(w * x, axis=0)
+    loss_R = tl.zeros([BLOCK_R], dtype=tl.float32)
+    for start in range(p * BLOCK_R, num_classes, programs * BLOCK_R):
+        r = start + k
+        row = r[:, None].to(tl.int64)
+        mask_RD = (r < num_classes)[:, None] & (d < dim)[None, :]
+        place_RD = row * row_stride + d[None, :].to(tl.int64) * column_stride
+        w = tl.load(weight_CD + place_RD, mask=mask_RD, other=0.0).to(tl.float32)
+        x = tl.load(mean_CD + row * dim + d[None, :], mask=mask_RD, other=0.0) - center[None, :]
+        if OF_STATE:
+            alignable = (tl.load(seen_C + r, mask=r < num_classes, other=0.0) > 0.0) & (num_seen > 1)
+        else:
+            alignable = tl.load(seen_C + r, mask=r < num_classes, other=0) != 0
+        ww, xx, wx = tl.sum(w * w, axis=1), tl.sum(x * x, axis=1), tl.sum(w * x, axis=1)
         inv_w, inv_x = tl.rsqrt(ww), tl.rsqrt(xx)
-        valid = (tl.load(alignable_C + row) != 0) & (xx > least) & (ww > tiny) & (inv_w > 0.0) & (inv_x > 0.0)
+        valid = alignable & (xx > least) & (ww > tiny) & (inv_w > 0.0) & (inv_x > 0.0)
         cos = tl.minimum(tl.maximum(wx * inv_w * inv_x, -1.0), 1.0)
-        loss += tl.where(valid, 1.0 - cos, 0.0)
-        across = inv_w * inv_x * share
+        loss_R += tl.where(valid, 1.0 - cos, 0.0)
+        across = (inv_w * inv_x * share)[:, None]
         if BY_WEIGHT:
-            by_weight = tl.where(valid, (cos * inv_w * inv_w * share) * w - across * x, 0.0)
-            tl.store(by_weight_CD + row * dim + d, by_weight, mask=d < dim)
+            by_weight = tl.where(valid[:, None], (cos * inv_w * inv_w * share)[:, None] * w - across * x, 0.0)
+            tl.store(by_weight_CD + row * dim + d[None, :], by_weight, mask=mask_RD)
         if BY_MEAN:
-            e = tl.where(valid, (cos * inv_x * inv_x * share) * x - across * w, 0.0)
-            tl.store(e_CD + row * dim + d, e, mask=d < dim)
-            e_sum += e
-    tl.store(loss_P + p, loss * share)
+            e = tl.where(valid[:, None], (cos * inv_x * inv_x * share)[:, None] * x - across * w, 0.0)
+            tl.store(e_CD + row * dim + d[None, :], e, mask=mask_RD)
+            tl.store(share_C + r, tl.where(alignable, share, 0.0), mask=r < num_classes)
+            e_sum += tl.sum(e, axis=0)
+    tl.store(loss_P + p, tl.sum(loss_R, axis=0) * share)
     if BY_MEAN:
         tl.store(e_sum_PD + p.to(tl.int64) * dim + d, e_sum, mask=d < dim)
 
@@ -280,14 +308,40 @@ def add_terms(
 
 
 @triton.jit
-def pull_back(by_features_ND, e_CD, e_sum_D, alignable_C, count, rate_N, class_N, dim, BLOCK_D: tl.constexpr):
-    """Write ``r_i (e - q sum e)`` of each sample's class, q the share of its mean in mu_G. Programs: one per sample."""
+def pull_back(
+    by_features_ND,
+    by_weight_CD,
+    known_CD,
+    e_CD,
+    e_sum_D,
+    share_C,
+    rate_N,
+    class_N,
+    factor,
+    num_samples,
+    dim,
+    BY_FEATURES: tl.constexpr,
+    BY_WEIGHT: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Write ``r_i (e - q sum e)`` of each sample's class, q the share of its mean in mu_G, and what is known by the
+    classifier, both times a factor. Programs: one per sample, then one per row of the classifier.
+    """
     i = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
-    c, rate = tl.load(class_N + i), tl.load(rate_N + i)
-    share = (tl.load(alignable_C + c) != 0).to(tl.float32) / tl.maximum(tl.load(count), 1).to(tl.float32)
-    e = tl.load(e_CD + c * dim + d, mask=d < dim, other=0.0) - share * tl.load(e_sum_D + d, mask=d < dim, other=0.0)
-    tl.store(by_features_ND + i * dim + d, rate * e, mask=d < dim)
+    times = tl.load(factor)
+    if i < num_samples:
+        if BY_FEATURES:
+            c, rate = tl.load(class_N + i).to(tl.int64), tl.load(rate_N + i)
+            e = tl.load(e_CD + c * dim + d, mask=d < dim, other=0.0)
+            e -= tl.load(share_C + c) * tl.load(e_sum_D + d, mask=d < dim, other=0.0)
+            # A half-precision loss scale must meet the gradient before the cast, or small values are lost.
+            by_features = (rate * e * times).to(by_features_ND.dtype.element_ty)
+            tl.store(by_features_ND + i * dim + d, by_features, mask=d < dim)
+    elif BY_WEIGHT:
+        place_D = (i - num_samples) * dim + d
+        by_weight = tl.load(known_CD + place_D, mask=d < dim, other=0.0) * times
+        tl.store(by_weight_CD + place_D, by_weight.to(by_weight_CD.dtype.element_ty), mask=d < dim)
 
 
 @triton.jit
@@ -297,24 +351,37 @@ def project(
     weight_CD,
     mean_CD,
     center_D,
-    alignable_C,
+    seen_C,
     out_row_stride,
     out_column_stride,
     grad_row_stride,
     grad_column_stride,
     row_stride,
     column_stride,
+    num_classes,
     dim,
     gamma,
     floor_squared,
     tiny,
+    OF_STATE: tl.constexpr,
     PAPER: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Write the projected gradient; ``out`` may be the gradient itself. Programs: one per row."""
+    """Write the projected gradient; ``out`` may be the gradient itself. Programs: one per row.
+
+    ``OF_STATE``: ``center`` is the sum of the means, and ``seen`` the weights of the classes, which fit one block.
+    """
     c = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     center = tl.load(center_D + d, mask=d < dim, other=0.0)
+    if OF_STATE:
+        r = tl.arange(0, BLOCK_C)
+        num_seen = tl.sum((tl.load(seen_C + r, mask=r < num_classes, other=0.0) > 0.0).to(tl.int32), axis=0)
+        center = (center / tl.maximum(num_seen, 1).to(tl.float64)).to(tl.float32)
+        alignable = (tl.load(seen_C + c) > 0.0) & (num_seen > 1)
+    else:
+        alignable = tl.load(seen_C + c) != 0
     least = floor_squared * tl.sum(center * center, axis=0) + tiny
     j = d.to(tl.int64)
     g = tl.load(grad_CD + c * grad_row_stride + j * grad_column_stride, mask=d < dim, other=0.0).to(tl.float32)
@@ -328,7 +395,7 @@ def project(
     aa = tl.sum(across * across, axis=0)
     xx = aa + k * wx
     inv_x = tl.rsqrt(xx)
-    valid = (tl.load(alignable_C + c) != 0) & has_row & (xx > least) & (inv_x > 0.0)
+    valid = alignable & has_row & (xx > least) & (inv_x > 0.0)
     along = tl.sum(g * across, axis=0) / aa
     # A gradient that is not a number is not made one.
     along = tl.where(along < 0.0, 0.0, along)

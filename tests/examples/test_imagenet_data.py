@@ -18,6 +18,7 @@ import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 from unittest import mock
@@ -33,6 +34,7 @@ pytest.importorskip("torchvision", reason="torchvision is not installed: pip ins
 
 from longtail.imagenet import images, lists, loader
 from PIL import Image, ImageFilter
+from pretended_gpu import pretended_gpu
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHARED = REPOSITORY.parent / "shared" / "data"
@@ -605,11 +607,17 @@ def test_looks_are_those_of_the_seed_the_epoch_and_the_place(
         {"accumulate": 3},
         {"ranks": 2, "accumulate": 2, "workers": 1, "batch": 12},
         {"batch": 23},
+        {"piece": 3},
+        {"piece": 2, "ranks": 2, "workers": 2},
     ],
     ids=str,
 )
-def test_looks_depend_on_no_division(make_loader: MakeLoader, changed: dict[str, int]) -> None:
+def test_looks_depend_on_no_division(
+    make_loader: MakeLoader, changed: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = by_place(make_loader(), 2)
+    changed = dict(changed)
+    monkeypatch.setattr(loader, "PIECE", changed.pop("piece", loader.PIECE))
     found: Epoch = {}
     for rank in range(changed.get("ranks", 1)):
         of_rank = by_place(make_loader(**changed, rank=rank), 2)
@@ -632,6 +640,16 @@ def test_epoch_continues_in_the_middle_and_after_an_interruption(make_loader: Ma
     assert same(by_place(one, 0), expected)  # the same workers, one epoch later
     assert not same(by_place(one, 1), expected)
     assert list(one.epoch(1, first_step=one.plan.steps)) == []
+
+
+def test_workers_make_pieces_of_batches() -> None:
+    """A whole batch of 1,024 images takes a worker seconds, in which the first step of an epoch would wait."""
+    plan, order = loader.Plan(1000, 300, accumulate=2), loader.EpochOrder(1000)
+    steps = loader._requests(plan, order, None, 3, 0, 1)
+    assert [len(batch) for step in steps for batch in step] == [2] * 6  # of 125 images each
+    found = [request for step in steps for batch in step for request in batch]
+    assert max(len(request.indices[0]) for request in found) <= loader.PIECE
+    assert [i for request in found for i in request.indices[0]] == order.order(3, 0)[250:].tolist()
 
 
 def test_continuing_reads_nothing_of_earlier_steps(make_loader: MakeLoader, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -699,6 +717,33 @@ def test_close_ends_workers_in_the_middle_of_an_epoch(make_loader: MakeLoader) -
         next(one.epoch(1))
 
 
+LEFT_OPEN = """
+import sys
+from pathlib import Path
+import torch
+from longtail.imagenet import lists, loader
+
+tree = lists.read_list(Path(sys.argv[1]), Path(sys.argv[1]).parent)
+shared = {"seed": 0, "kind": "standard", "resolution": 32, "device": torch.device("cpu"), "workers": 1}
+one = loader.TrainLoader(tree, loader.Plan(len(tree), 8), **shared)
+print(len(list(one.epoch(0))))
+"""
+
+
+def test_a_loader_that_is_left_open_does_not_keep_python_from_ending(tree: lists.ImageList) -> None:
+    path = os.pathsep.join([str(REPOSITORY / "examples"), str(REPOSITORY), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", LEFT_OPEN, str(tree.path)],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "3\n"), done.stderr
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # PyTorch's, of its half-made iterator
 def test_workers_of_a_loader_that_fails_to_start_end(make_loader: MakeLoader, monkeypatch: pytest.MonkeyPatch) -> None:
     """They ignore SIGTERM, so Python would wait for them at its exit for ever."""
@@ -719,6 +764,33 @@ def test_workers_of_a_loader_that_fails_to_start_end(make_loader: MakeLoader, mo
         assert not alive
 
 
+def test_workers_without_shared_memory_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """16 workers x 2 pieces of 64 images of 224 pixels are 308 MB, and a container has 64 MiB unless told otherwise."""
+    usage = mock.Mock(return_value=mock.Mock(total=64 * 2**20))
+    monkeypatch.setattr("shutil.disk_usage", usage)
+    check = partial(loader.check_shared_memory, [(1024, 1), (256, 1)], 224, folder=tmp_path)
+    with pytest.raises(ValueError, match=r"holds 67 MB, but 1 processes with --workers 16 have up to 308 MB .*=1g"):
+        check(workers=16, processes=1)
+    usage.return_value.total = 8 * 1024**3
+    check(workers=16, processes=8)
+    check(workers=0, processes=8)
+    with pytest.raises(ValueError, match=r"up to 9,248 MB .* --shm-size=19g\) or use fewer --workers"):
+        loader.check_shared_memory([(120, 4), (256, 1)], 224, workers=16, processes=8, folder=tmp_path)
+    loader.check_shared_memory([(15, 4), (256, 1)], 224, workers=16, processes=8, folder=tmp_path)
+    loader.check_shared_memory([(120, 4)], 224, workers=16, processes=8, folder=tmp_path / "missing")
+
+
+def test_shared_memory_that_runs_out_ends_the_epoch(make_loader: MakeLoader, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread of the worker's would fail instead, where nobody hears it."""
+
+    def full(tensor: Tensor) -> Tensor:
+        raise RuntimeError("No space left on device")
+
+    monkeypatch.setattr(Tensor, "share_memory_", full)
+    with pytest.raises(RuntimeError, match="No space left on device"):
+        next(make_loader(workers=1).epoch(0))
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_waiting_is_counted(make_loader: MakeLoader, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     one = make_loader("standard", workers=workers)
@@ -730,6 +802,24 @@ def test_waiting_is_counted(make_loader: MakeLoader, workers: int, monkeypatch: 
     assert 3 <= one.waited_seconds < 10_000
     one.waited_seconds = 0.0
     assert one.waited_seconds == 0.0
+
+
+@pytest.mark.filterwarnings("ignore:.*TorchVision are deprecated")
+def test_decoding_in_this_process_counts_as_waiting(make_loader: MakeLoader, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host decodes and augments between the steps, and a GPU may starve meanwhile. On the CPU, as a stand-in."""
+    one = make_loader("standard")
+    one._dataset.decode = "device"
+    clock = mock.Mock(side_effect=itertools.count().__next__)
+    monkeypatch.setattr("time.perf_counter", clock)
+    whole = loader._decode_on
+
+    def slow(*args: Any) -> list[Tensor]:
+        clock.side_effect = itertools.count(clock() + 10_000).__next__
+        return whole(*args)
+
+    monkeypatch.setattr(loader, "_decode_on", slow)
+    assert len(list(one.epoch(0))) == 3
+    assert 30_000 <= one.waited_seconds < 31_000
 
 
 def test_arguments_that_do_not_fit_are_explained(tree: lists.ImageList) -> None:
@@ -755,8 +845,12 @@ def test_arguments_that_do_not_fit_are_explained(tree: lists.ImageList) -> None:
 # --- evaluation -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("piece", [3, 64])
 @pytest.mark.parametrize(("ranks", "workers"), [(1, 0), (1, 2), (2, 0), (3, 1), (5, 0), (30, 0)])
-def test_every_image_is_evaluated_exactly_once(tree: lists.ImageList, ranks: int, workers: int) -> None:
+def test_every_image_is_evaluated_exactly_once(
+    tree: lists.ImageList, ranks: int, workers: int, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader, "PIECE", piece)
     transform = images.test_transform(R)
     found: dict[int, tuple[Tensor, Tensor]] = {}
     for rank in range(ranks):
@@ -858,6 +952,30 @@ def test_synthetic_evaluation_shows_every_class_alike() -> None:
 
 
 # --- decoding on the device -------------------------------------------------------------------------------------------
+
+
+def test_all_passes_copy_on_one_stream(tree: lists.ImageList, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The allocator keeps memory for the stream that used it: a stream for each pass would lose each one's batches."""
+    made: list[object] = []
+    loader._copy_stream.cache_clear()
+    with pretended_gpu():
+        stream: Any = torch.cuda.Stream
+
+        def recorded(device: torch.device) -> Any:
+            made.append(device)
+            return stream(device)
+
+        monkeypatch.setattr(torch.cuda, "Stream", recorded)
+        device = torch.device("cuda", 0)
+        shared: dict[str, Any] = {"resolution": R, "device": device, "workers": 0}
+        one = loader.TrainLoader(tree, loader.Plan(len(tree), 8), seed=3, kind="standard", **shared)
+        for epoch in range(2):
+            assert len(list(one.epoch(epoch))) == 3
+            assert len(list(loader.EvalLoader(tree, batch_size=8, **shared))) == 3
+        one.close()
+        monkeypatch.undo()
+    loader._copy_stream.cache_clear()
+    assert made == [device]
 
 
 @pytest.fixture

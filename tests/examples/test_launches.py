@@ -39,9 +39,11 @@ def test_own_kernels_count_in_the_part_that_they_serve(tiny_options: Options) ->
     if why_kernels_cannot_run():
         pytest.skip(why_kernels_cannot_run())
     counts = benchmark.captured(tiny_options("counted", "--spareg", "0.3", "--spaproj"), own_kernels=True)
-    assert (counts["class means"], counts["SpA-Proj"]) == (2, 2)
-    # geometry, align_rows, add_terms and pull_back; the number of classes seen, the value as a tensor of its own.
-    assert counts["SpA-Reg"] == 4 + 2
+    without = benchmark.captured(tiny_options("without"), own_kernels=True)
+    # move_means, align_rows and project.
+    assert (counts["class means"], counts["SpA-Reg"], counts["SpA-Proj"]) == (1, 1, 1)
+    # pull_back; lambda, and the sums of two gradients each of features and weight.
+    assert counts["backward"] - without["backward"] == 1 + 3
 
 
 def test_a_record_and_a_page(tmp_path: Path, write_archive: Callable[..., Path]) -> None:
@@ -58,6 +60,7 @@ def test_a_record_and_a_page(tmp_path: Path, write_archive: Callable[..., Path])
     assert sum(ways["own kernels"].values()) < sum(ways["torch"].values()) - 100
     assert sum(ways["own kernels, --compile"].values()) < sum(ways["own kernels"].values())
     assert ways["own kernels, --compile"]["augmentation"] <= 2
+    assert ways["own kernels, --compile"]["class means"] == 2, "their sum is not left to what follows in a graph"
     assert str(tmp_path) not in record["command"]
     (page,) = (path.read_text() for path in (tmp_path / "out").glob("*-launches.md"))
     assert f"**{sum(ways['torch'].values())}**" in page

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
+import multiprocessing
 import os
 import pickle
 import signal
@@ -21,6 +22,7 @@ import cifar_lt
 import pytest
 import reference
 import torch
+from longtail.checkpoint import FolderLock
 from longtail.data import long_tail_counts
 from longtail.engine import Trainer
 from longtail.networks import CifarResNet
@@ -313,6 +315,31 @@ def test_finished_run_is_not_overwritten_unasked(
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
     run(tiny_options("run", "--overwrite", "--seed", "1", "--stop-after-epochs", "1"))
     assert not (tmp_path / "run" / "result.json").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "register_at_fork"), reason="this system does not fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_folder_is_free_once_its_process_has_gone_though_a_forked_one_lives(tmp_path: Path) -> None:
+    """Loader workers outlive a killed process by seconds, in which torchrun starts the next attempt."""
+    lock = FolderLock(tmp_path)
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe()
+
+    def live() -> None:
+        there.send("up")
+        there.recv()
+
+    worker = context.Process(target=live)
+    worker.start()
+    try:
+        assert here.recv() == "up"
+        with pytest.raises(OSError, match="in use by another process"):
+            FolderLock(tmp_path)
+        lock.release()
+        FolderLock(tmp_path).release()
+    finally:
+        worker.kill()
+        worker.join()
 
 
 # --- equal seeds ------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -26,13 +26,16 @@ pytest.importorskip("longtail", reason="the examples are not here")
 
 import imagenet as benchmark
 import imagenet_lt
+from longtail.imagenet import loader
 from longtail.imagenet.engine import synthetic_lists
+from longtail.imagenet.images import Kind, seeded, training_transform
 from longtail.imagenet.lists import class_counts, read_list
 from longtail.imagenet.networks import NETWORKS
 from longtail.imagenet.recipes import METHOD_RECIPES, RECIPES
 from longtail.imagenet.table import read_results, report, table
 from torch._subclasses import FakeTensorMode
 from torch.distributed.run import get_args_parser
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,12 +83,13 @@ def test_there_are_commands_for_one_gpu_one_machine_and_two() -> None:
     assert any(text.startswith("python examples/imagenet_lt.py --data-dir") for text in texts)
     assert any("--standalone --nproc-per-node 8" in text for text in texts)
     assert any(text.startswith("torchrun --nnodes 2") for text in texts)
-    assert any(text.startswith("srun torchrun") for text in texts)
+    # Since Slurm 22.05, srun no longer takes the number of CPUs from the batch script.
+    assert any(text.startswith("srun --cpus-per-task=$SLURM_CPUS_PER_TASK torchrun") for text in texts)
 
 
 def test_every_option_exists() -> None:
     slurm = {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--time", "--signal", "--requeue"}
-    known = {*slurm, "--open-mode"}
+    known = {*slurm, "--open-mode", "--shm-size"}
     for parser in (imagenet_lt.build_parser(), get_args_parser(), benchmark.build_parser()):
         known.update(option for action in parser._actions for option in action.option_strings)
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", TEXT))
@@ -197,6 +201,40 @@ def test_memory_follows_from_the_sizes() -> None:
     ]
     words = " ".join(TEXT.split())
     assert [sentence for sentence in found if sentence not in words] == []
+
+
+def test_shared_memory_follows_from_what_workers_make_in_advance() -> None:
+    piece, process = loader.PIECE, 16 * loader.PREFETCH * 3 * 224**2 / 1e9
+    # GLMC's batches are divided into equal pieces.
+    glmc = process * max(map(len, loader._pieces(range(RECIPES["glmc"].batch_size)))) * 4
+    words = " ".join(TEXT.split())
+    assert f"up to {loader.PREFETCH} pieces of {piece} images" in words
+    assert f"{1e3 * process * piece:.0f} MB a process, {8 * process * piece:.1f} GB for the eight" in words
+    assert f"GLMC's four looks, on one GPU, are {glmc:.1f} GB" in words
+
+
+def test_operations_of_a_look_on_the_device() -> None:
+    class Count(TorchDispatchMode):
+        operations = 0
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.operations += not function.is_view
+            return function(*args, **(kwargs or {}))
+
+    words = " ".join(TEXT.split())
+    listed = re.search(r"about (\d+) operations a look, for GLMC about (\d+)\. At 5 µs", words)
+    assert listed is not None
+    image = torch.randint(256, (3, 96, 128), dtype=torch.uint8)
+    for kind, about in zip(get_args(Kind), map(int, listed.groups()), strict=True):
+        transform = training_transform(kind, 64)
+        with Count() as count:  # type: ignore[no-untyped-call]
+            for place in range(40):
+                with seeded(0, 0, place, 0, 0):
+                    transform(image)
+        assert abs(count.operations / 40 - about) < 5, kind  # of versions, and of what chance leaves out
+    standard, glmc = (5e-6 * int(operations) for operations in listed.groups())
+    assert f"{1e3 * standard:.2f} ms an image, so {1 / standard:,.0f} images/s" in words
+    assert f"and {1 / (4 * glmc):.0f} with GLMC's four looks" in words
 
 
 def test_times_follow_from_the_sizes() -> None:

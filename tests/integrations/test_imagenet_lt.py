@@ -13,11 +13,22 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from imagenet_ranks import COUNTS, EXAMPLES, SECONDS, Ranks, make_tree, options
+from imagenet_ranks import (
+    COUNTS,
+    EXAMPLES,
+    SECONDS,
+    Ranks,
+    compile_to_graphs,
+    end_like_nccl,
+    fail_on_rank_1,
+    make_tree,
+    options,
+)
 from packaging.version import Version
 from pretended_gpu import pretended_gpu
 from torch import Tensor
@@ -32,9 +43,10 @@ import imagenet_lt
 from longtail.baseline import Batch
 from longtail.ce import CrossEntropy
 from longtail.etf_dr import EtfDotRegression
+from longtail.imagenet import loader
 from longtail.imagenet.engine import EpochDraws, Trainer
 from longtail.imagenet.loader import Plan, TrainLoader
-from longtail.parallel import World
+from longtail.parallel import World, _launch
 
 # Python 3.12 and later say so of every fork of a process with threads, which is how loader workers start.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
@@ -151,6 +163,90 @@ def test_sigterm_to_one_process_saves_in_the_middle_of_an_epoch_and_ends_both(
     assert 1 <= torch.load(newest / "state.pt", weights_only=True)["epoch"] < 6
     assert Ranks(command("run", *arguments, "--resume")).wait() == [0, 0]
     assert_same(tmp_path / "whole", tmp_path / "run")
+
+
+def test_sigterm_to_one_process_ends_both_where_an_epoch_is_one_step(
+    command: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    """No question is under way when the epoch ends, and still no process may go by what it alone has heard."""
+    ranks = Ranks(command("run", "--checkpoint-steps 0 --batch-size 36 --epochs 500"))
+    ranks.until(lambda: (tmp_path / "run" / "metrics.jsonl").exists() and records(tmp_path / "run"))
+    assert ranks.processes[1].pid is not None
+    os.kill(ranks.processes[1].pid, signal.SIGTERM)
+    assert ranks.wait() == [0, 0]
+    assert len(records(tmp_path / "run")) < 500
+
+
+def test_sigterm_in_an_epoch_s_last_step_saves_before_the_evaluation(
+    command: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which may take longer than a scheduler waits; the run that goes on makes up for it."""
+    assert train(command("whole", "--spareg 0.3 --spaslerp --checkpoint-steps 0")) == 0
+    whole = Trainer._train_step
+
+    def stopped(self: Trainer, step: int, *args: Any) -> None:
+        whole(self, step, *args)
+        if (self.epoch, step) == (1, self.plan.steps - 1):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, "_train_step", stopped)
+    arguments = command("run", "--spareg 0.3 --spaslerp --checkpoint-steps 0")
+    assert train(arguments) == 0
+    assert len(records(tmp_path / "run")) == 1
+    assert max((tmp_path / "run" / "checkpoints").iterdir()).name == "epoch-0001-step-000003"
+    assert train([*arguments, "--resume"]) == 0
+    assert_same(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_process_that_fails_leaves_without_waiting_for_the_others(
+    command: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They wait for it in a collective, and under NCCL the end of its process group would wait for theirs."""
+    assert Ranks(command("run"), errors=tmp_path, prepare=fail_on_rank_1).wait() == [1, 1]
+    assert "RuntimeError: nobody expects it" in (tmp_path / "stderr1").read_text()
+    assert Ranks(command("run", "--resume --lr 0.2"), prepare=end_like_nccl).wait() == [2, 2]
+
+
+def test_what_fails_in_training_keeps_its_traceback(
+    command: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slip of the code is neither a bad option, nor told in a line."""
+
+    def slip(self: Trainer, *_: Any) -> None:
+        raise ValueError("a slip")
+
+    monkeypatch.setattr(Trainer, "_train_step", slip)
+    with pytest.raises(ValueError, match="a slip"):
+        train(command("run"))
+
+
+def test_a_restart_goes_on_with_nothing_but_what_its_own_launch_began(command: Callable[..., list[str]]) -> None:
+    """Its first attempt may have failed because the folder was another run's, or before it came to overwrite it."""
+
+    def trainer(launch: str, more: str = "", *, restarted: bool = True) -> Trainer:
+        settings = imagenet_lt.settings_from(imagenet_lt.build_parser().parse_args(command("run", "--epochs 2", more)))
+        return Trainer(settings, World(0, 1, torch.device("cpu"), grouped=False, restarted=restarted, launch=launch))
+
+    try:
+        trainer("one", "--stop-after-epochs 1", restarted=False).run()
+        with pytest.raises(ValueError, match="holds a run: pass --resume"):
+            trainer("other")
+        assert trainer("one").epoch == 1
+        assert trainer("other", "--overwrite").epoch == 0
+        assert trainer("other").epoch == 0
+        trainer("third", "--resume --stop-after-epochs 1").run()
+        assert trainer("third", "--overwrite").epoch == 1
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_a_launch_is_known_by_the_process_that_starts_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by torchrun's run id alone, which `--rdzv-id 1` makes the same for all."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    ours = _launch()
+    assert _launch() == ours
+    monkeypatch.setattr(os, "getppid", os.getpid)
+    assert _launch() != ours
 
 
 def test_torchrun_starts_anew_after_a_dead_worker(command: Callable[..., list[str]], tmp_path: Path) -> None:
@@ -314,7 +410,35 @@ def test_between_an_epoch_s_first_and_last_step_nothing_waits_for_the_device(
         arguments = (METHODS[method], "--device cuda --accumulate 2 --clip-norm 1 --checkpoint-steps 0 --epochs 2")
         without = ("--deterministic", "--quiet")
         assert train([one for one in command("run", "--method", method, *arguments) if one not in without]) == 0
+    loader._copy_stream.cache_clear()  # of no use to a real GPU
     assert waits == [[], []]
+
+
+def test_two_processes_train_compiled_as_they_do_otherwise(command: Callable[..., list[str]], tmp_path: Path) -> None:
+    """The backbone is one graph in every step, and the loss the same to float32 rounding over two steps."""
+    arguments = ("--spareg 0.3 --epochs 1 --batch-size 18",)
+    assert Ranks(command("plain", *arguments)).wait() == [0, 0]
+    assert Ranks(command("compiled", *arguments, "--compile"), prepare=compile_to_graphs).wait() == [0, 0]
+    (plain,), (compiled,) = records(tmp_path / "plain"), records(tmp_path / "compiled")
+    assert compiled["loss"] == pytest.approx(plain["loss"], rel=1e-4)
+
+
+def test_a_compiled_run_equals_an_eager_one(
+    command: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one graph for each batch size of training and of evaluation, by a compiler that leaves operations alone."""
+    whole, frames = torch.nn.Module.compile, []
+
+    def recorded(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        frames.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **how: whole(module, backend=recorded, **how))
+    arguments = ("--spareg 0.3 --spaslerp --spaproj", "--epochs 2")
+    for run, more in (("eager", ""), ("compiled", "--compile")):
+        assert train(command(run, *arguments, more)) == 0
+    assert_same(tmp_path / "eager", tmp_path / "compiled")
+    assert len(frames) == 3
 
 
 @pytest.mark.skipif(Version(torch.__version__) < Version("2.7"), reason="FSDP2 of torch 2.6 does not run on the CPU")
@@ -386,6 +510,8 @@ BAD = {
     "glmc mixes": ("--method glmc --mixup 0.2", "--mixup 0.2 is not for glmc"),
     "fsdp": ("--fsdp", "start with torchrun"),
     "fsdp fp16": ("--fsdp --amp fp16", "use --amp bf16"),
+    "fsdp compiled": ("--fsdp --compile", "--compile with --fsdp"),
+    "sync bn compiled": ("--sync-bn --compile", "--compile with --sync-bn"),
     "sync bn": ("--sync-bn", "--sync-bn works on GPUs alone"),
     "resume": ("--resume --overwrite", "leave one out"),
     "batches": ("--batch-size 2 --accumulate 2", "batch normalisation needs 2"),
@@ -414,12 +540,32 @@ def test_a_bad_file_is_named_before_training_on_every_process_or_left_out(
     lists = (f"--data-dir {broken} --train-list {broken / 'train.txt'}", "--epochs 1")
     assert train(command("run", *lists)) == 2
     assert f"{broken / 'train.txt'}:4 ({file}): " in capsys.readouterr().err
-    assert Ranks(command("run", *lists)).wait() == [2, 2]
+    assert Ranks(command("run", *lists), errors=tmp_path).wait() == [2, 2]
+    first, second = ((tmp_path / f"stderr{rank}").read_text() for rank in range(2))
+    assert f"{broken / 'train.txt'}:4 ({file}): " in first
+    assert second == ""
     assert train(command("run", *lists, "--skip-bad")) == 0
     assert records(tmp_path / "run")[0]["images"] == 35
     # Not looked at beforehand, it ends the training.
     assert train(command("other", *lists, "--scan off")) == 1
     assert f"{broken / 'train.txt'}:4 ({file})" in capsys.readouterr().err
+
+
+def test_what_all_processes_know_the_first_one_says(command: Callable[..., list[str]], tmp_path: Path) -> None:
+    assert train(command("run", "--epochs 1")) == 0
+    for more, message in {
+        "--lr x": "invalid float value",
+        "--lr 0": "--lr is 0.0",
+        "--overwrite --batch-size 2": "batch normalisation needs 2",
+        "": "holds a run",
+        "--resume --lr 0.2": "--lr 0.2 (was 0.05)",
+    }.items():
+        assert Ranks(command("run", "--epochs 1", more), errors=tmp_path).wait() == [2, 2]
+        assert message in (tmp_path / "stderr0").read_text()
+        assert (tmp_path / "stderr1").read_text() == ""
+    assert Ranks(command("other", "--lr 1e30"), errors=tmp_path).wait() == [1, 1]
+    assert "no longer finite in epoch 1" in (tmp_path / "stderr0").read_text()
+    assert (tmp_path / "stderr1").read_text() == ""
 
 
 def test_runs_are_neither_overwritten_nor_resumed_with_other_options(
@@ -448,6 +594,23 @@ def test_what_a_kill_leaves_of_a_checkpoint_is_not_gone_on_from(
     half.mkdir()
     assert train(command("run", "--resume --checkpoint-steps 0")) == 0
     assert [record["epoch"] for record in records(tmp_path / "run")] == [1, 2, 3]
+
+
+def test_workers_that_shared_memory_cannot_serve_are_refused(
+    command: Callable[..., list[str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Before anything is written, and for all processes of the machine."""
+    if not Path("/dev/shm").is_dir():
+        pytest.skip("this system has its shared memory elsewhere")
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(total=10**6))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert train(command("run", "--workers 3 --method glmc")) == 2
+    # 12 images x 4 looks of 3 x 32 x 32, for 3 workers twice, in 4 processes.
+    assert "4 processes with --workers 3 have up to 4 MB" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(

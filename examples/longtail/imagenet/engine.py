@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,14 +26,23 @@ from ..baseline import Batch
 from ..checkpoint import save_checkpoint
 from ..glmc import Pairs, mix_pairs, sampling_weights
 from ..networks import store_channels_last
-from ..parallel import Spread, Stop, World
+from ..parallel import SharedError, Spread, Stop, World
 from ..reporting import closing_table
 from ..settings import check_same
 from ..sharded import full_weights, load_sharded, newest_checkpoint, read_state, save_sharded
 from ..training import Run
 from .images import Normalise
 from .lists import ImageList, class_counts, read_list, scan, shot_groups
-from .loader import EpochOrder, EvalLoader, LoadedBatch, Plan, SyntheticEvalLoader, SyntheticLoader, TrainLoader
+from .loader import (
+    EpochOrder,
+    EvalLoader,
+    LoadedBatch,
+    Plan,
+    SyntheticEvalLoader,
+    SyntheticLoader,
+    TrainLoader,
+    check_shared_memory,
+)
 from .methods import balances_batch, build, glmc_options
 from .settings import ImageNetSettings
 
@@ -92,15 +102,18 @@ class Trainer(Run):
         super().__init__(settings, world, deterministic=settings.deterministic)
         recipe = settings.recipe
         if settings.sync_bn and self.device.type == "cpu":
-            raise ValueError("--sync-bn works on GPUs alone: leave it out")
+            raise SharedError("--sync-bn works on GPUs alone: leave it out")
         if settings.fsdp and not world.grouped:
             raise ValueError("--fsdp shards over the ranks of a process group: start with torchrun")
         self.train_images, self.eval_sets = self._load_data()
         self.outcome["fingerprint"] = fingerprint(self.train_images)
         counts = class_counts(self.train_images.labels_N, self.num_classes)
-        self.plan = Plan(len(self.train_images), recipe.batch_size, world.size, world.rank, settings.accumulate)
-        torch.manual_seed(settings.seed)
-        baseline, backbone = build(settings, counts, self._place)
+        with world.together():
+            self.plan = Plan(len(self.train_images), recipe.batch_size, world.size, world.rank, settings.accumulate)
+            self.eval_batch_size = max(2, min(256, recipe.batch_size))
+            self._check_memory()
+            torch.manual_seed(settings.seed)
+            baseline, backbone = build(settings, counts, self._place)
         self.spread = Spread(world, baseline, backbone.blocks(), fsdp=settings.fsdp)
         hard = not recipe.mixup and settings.method != "glmc"
         self._set_up(
@@ -111,7 +124,8 @@ class Trainer(Run):
             batch_size=self.plan.largest_part if hard else None,
         )
         self.normalise = Normalise(self.device)
-        self.loader = self._loader()
+        with world.together():
+            self.loader = self._loader()
         self.epoch_seconds = self.waited = 0.0  # of the epoch under way: in all, and for data
         self._open()
         skipped = sum(images.skipped for images in (self.train_images, *self.eval_sets.values()))
@@ -122,17 +136,14 @@ class Trainer(Run):
 
     def _load_data(self) -> tuple[ImageList, dict[str, ImageList]]:
         """Read and scan the lists on the first rank, and give them to all: training, then what is evaluated."""
-        settings, lists, error = self.settings, None, None
+        settings, lists = self.settings, None
         if settings.data == "synthetic":
             train, test = synthetic_lists(settings.num_synthetic, settings.num_synthetic_classes)
             self.num_classes = settings.num_synthetic_classes
             return train, {"test": test}
-        if self.world.first:
-            try:
+        with self.world.together():
+            if self.world.first:
                 lists = self._read_lists()
-            except (ValueError, OSError) as caught:
-                error = caught
-        self.world.raise_together(error)
         lists = self.world.from_first(lists)
         assert lists is not None
         self.num_classes = int(lists["train"].labels_N.max()) + 1
@@ -153,6 +164,18 @@ class Trainer(Run):
             name: scan(images, level=settings.scan, workers=workers, **skip)  # type: ignore[arg-type]
             for name, images in lists.items()
         }
+
+    def _check_memory(self) -> None:
+        settings = self.settings
+        if settings.data == "files":
+            # Files in place of pixels are of much the same size.
+            looks = 1 if settings.method != "glmc" else 4 if settings.decode == "cpu" else 2
+            check_shared_memory(
+                [(self.plan.largest_part, looks), (self.eval_batch_size, 1)],
+                settings.recipe.resolution,
+                workers=settings.workers,
+                processes=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+            )
 
     def _place(self, model: nn.Module) -> nn.Module:
         model.to(self.device)
@@ -218,6 +241,9 @@ class Trainer(Run):
                         return True
                     if every and self.step % every == 0:
                         self._save()
+        if stop.settle():  # before an evaluation that may take longer than there is time for
+            self._save()
+            return True
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - began
@@ -279,7 +305,7 @@ class Trainer(Run):
         shared: dict[str, Any] = {
             "rank": world.rank,
             "ranks": world.size,
-            "batch_size": max(2, min(256, settings.recipe.batch_size)),
+            "batch_size": self.eval_batch_size,
             "resolution": settings.recipe.resolution,
             "device": self.device,
         }
@@ -317,10 +343,12 @@ class Trainer(Run):
         save_sharded(folder, self.world, self.spread.module, self.optimizer, self._state(), keep=keep)
 
     def _resume(self, path: Path) -> str:
-        settings, state = self.settings, read_state(path, self.device)
-        # Checkpoints of before an option existed were made with its default.
-        defaults = ImageNetSettings(settings.recipe_name, settings.recipe, settings.output_dir).outcome()
-        check_same(self.outcome, {**defaults, **state["options"]})
+        settings = self.settings
+        with self.world.together():
+            state = read_state(path, self.device)
+            # Checkpoints of before an option existed were made with its default.
+            defaults = ImageNetSettings(settings.recipe_name, settings.recipe, settings.output_dir).outcome()
+            check_same(self.outcome, {**defaults, **state["options"]})
         self._load_state(state)
         load_sharded(path, self.spread.module, self.optimizer)
         self.step, self.epoch_seconds, self.waited = state["step"], state["epoch_seconds"], state["waited"]

@@ -9,22 +9,25 @@ Shapes: N images (of the list, or of a batch), R pixels a side, C classes.
 from __future__ import annotations
 
 import io
+import itertools
 import multiprocessing
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from multiprocessing import resource_tracker
 from multiprocessing.util import Finalize
+from pathlib import Path
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from .images import Kind, decode, draw_seed, seeded, test_transform, training_transform
 from .lists import ImageList
@@ -32,6 +35,8 @@ from .lists import ImageList
 T = TypeVar("T")
 Decode = Literal["cpu", "device"]
 
+PREFETCH = 2  # requests that each worker has in advance
+PIECE = 64  # images that a worker makes at a time: smaller ones come sooner, and fewer images are under way
 _ORDER, _RESAMPLED = 0, 1  # streams of random numbers, and the loaders A and B that they are for
 
 
@@ -130,6 +135,12 @@ def _share(places: range, part: int, parts: int) -> range:
     return places[part * len(places) // parts : (part + 1) * len(places) // parts]
 
 
+def _pieces(places: range) -> list[range]:
+    """Divide a batch into what workers make at a time."""
+    parts = -(-len(places) // PIECE)
+    return [_share(places, part, parts) for part in range(parts)]
+
+
 class EpochOrder:
     """Which image comes at each place of an epoch: the same on every process and machine.
 
@@ -156,7 +167,7 @@ class EpochOrder:
 
 
 class _Request(NamedTuple):
-    """A micro-batch to make.
+    """A piece of a micro-batch to make.
 
     Attributes:
         epoch: from 0.
@@ -170,7 +181,7 @@ class _Request(NamedTuple):
 
 
 class _Encoded(NamedTuple):
-    """A micro-batch of files as they are, for a device that decodes.
+    """Files as they are, for a device that decodes.
 
     Attributes:
         request: what it answers.
@@ -186,7 +197,10 @@ class _Encoded(NamedTuple):
 
 
 class _TrainImages(Dataset[Any]):
-    """Makes micro-batches; what goes wrong is returned, because the loader would wrap what is raised in a traceback."""
+    """Makes pieces of micro-batches.
+
+    What goes wrong is returned, because the loader would wrap what is raised in a traceback.
+    """
 
     def __init__(self, images: ImageList, kind: Kind, resolution: int, seed: int, decode: Decode) -> None:
         self.images, self.seed, self.decode = images, seed, decode
@@ -287,8 +301,52 @@ def _sigterm_later() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _same(batch: T) -> T:
-    return batch
+def _handed_over(answer: T) -> T:
+    """Put a worker's tensors into shared memory.
+
+    The queue to the main process does so too, but where there is too little, a thread of its drops them, and the main
+    process waits for ever.
+    """
+    if get_worker_info() is not None:
+        held = (*answer.looks, *answer.labels) if isinstance(answer, LoadedBatch) else answer
+        for tensor in held if isinstance(held, tuple) else ():
+            if isinstance(tensor, Tensor):
+                tensor.share_memory_()
+    return answer
+
+
+def check_shared_memory(
+    batches: Sequence[tuple[int, int]],
+    resolution: int,
+    *,
+    workers: int,
+    processes: int,
+    folder: Path = Path("/dev/shm"),
+) -> None:
+    """Refuse workers that have more pixels ready at once than their machine's shared memory takes.
+
+    Args:
+        batches: of each kind of batch, the number of images and of looks at each of them; one kind at a time.
+        resolution: R.
+        workers: of each process.
+        processes: on this machine.
+        folder: where shared memory is; what some systems lack is not looked at.
+
+    Raises:
+        ValueError: it is too little.
+    """
+    if not workers or not folder.is_dir():
+        return
+    # All of it counts, not what is free: a run that died has not yet given its own back when the next one starts.
+    there = shutil.disk_usage(folder).total
+    looks = max(max(map(len, _pieces(range(images)))) * looks for images, looks in batches)
+    needed = looks * 3 * resolution**2 * workers * PREFETCH * processes
+    if needed > there:
+        raise ValueError(
+            f"{folder} holds {there / 1e6:,.0f} MB, but {processes} processes with --workers {workers} have up to "
+            f"{needed / 1e6:,.0f} MB of images ready there: make it larger (of a container, --shm-size="
+            f"{-(-2 * needed // 10**9)}g) or use fewer --workers"
+        )
 
 
 # --- onto the device --------------------------------------------------------------------------------------------------
@@ -318,10 +376,10 @@ class _Pipeline(Generic[T]):
         self._requests: _Requests[T] = _Requests()
         self._loader: DataLoader[Any] | None = DataLoader(
             dataset,
-            batch_size=None,  # a request is a whole batch
+            batch_size=None,  # a request is a batch
             sampler=self._requests,
             num_workers=workers,
-            collate_fn=_same,
+            collate_fn=_handed_over,
             pin_memory=pin_memory,
             prefetch_factor=prefetch if workers else None,
             persistent_workers=self._persistent,
@@ -330,8 +388,9 @@ class _Pipeline(Generic[T]):
             generator=torch.Generator(),  # or every epoch would move the global one on
         )
         self._running: list[Any] = []
-        # At exit, multiprocessing would send workers a SIGTERM and wait for them: before that, they are told to end.
-        self._end = Finalize(self, _end_workers, (self._running,), exitpriority=0)
+        # At exit, multiprocessing would send workers a SIGTERM and wait for them: before that, and before the queues to
+        # them are closed, at priority 10, they are told to end.
+        self._end = Finalize(self, _end_workers, (self._running,), exitpriority=20)
 
     def run(self, requests: Sequence[T]) -> Iterator[Any]:
         """Yield the answers in order.
@@ -381,12 +440,15 @@ def _end_workers(running: list[Any]) -> None:
 def _ahead(
     items: Iterator[tuple[Any, ...]], device: torch.device, move: Callable[[Any], LoadedBatch]
 ) -> Iterator[LoadedStep]:
-    """Yield items on the device; on CUDA the next one is being copied, beside what the device computes."""
+    """Yield items, whose batches come in pieces, on the device.
+
+    On CUDA the next one is being copied, beside what the device computes.
+    """
     if device.type != "cuda":
         for item in items:
             yield tuple(move(batch) for batch in item)
         return
-    stream = torch.cuda.Stream(device)
+    stream = _copy_stream(device)
     waiting: tuple[LoadedStep, torch.cuda.Event] | None = None
     for item in items:
         with torch.cuda.stream(stream):
@@ -400,6 +462,12 @@ def _ahead(
         yield _arrived(*waiting, device)
 
 
+@cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream of a device's copies: memory that was used on one stream is not given to another."""
+    return torch.cuda.Stream(device)
+
+
 def _arrived(step: LoadedStep, event: torch.cuda.Event, device: torch.device) -> LoadedStep:
     current = torch.cuda.current_stream(device)
     current.wait_event(event)
@@ -409,8 +477,14 @@ def _arrived(step: LoadedStep, event: torch.cuda.Event, device: torch.device) ->
     return step
 
 
-def _moved(batch: LoadedBatch, device: torch.device) -> LoadedBatch:
-    looks, labels = (tuple(t.to(device, non_blocking=True) for t in tensors) for tensors in batch)
+def _joined(pieces: Sequence[LoadedBatch], device: torch.device) -> LoadedBatch:
+    """Put the pieces of a micro-batch together, on the device."""
+
+    def join(tensors: tuple[Tensor, ...]) -> Tensor:
+        moved = [tensor.to(device, non_blocking=True) for tensor in tensors]
+        return moved[0] if len(moved) == 1 else torch.cat(moved)
+
+    looks, labels = (tuple(map(join, zip(*tensors, strict=True))) for tensors in zip(*pieces, strict=True))
     return LoadedBatch(looks, labels)
 
 
@@ -428,12 +502,12 @@ class TrainLoader:
         resolution: R.
         device: where batches go.
         workers: processes that decode; 0 decodes in this one.
-        prefetch: micro-batches that each worker makes in advance.
+        prefetch: pieces of micro-batches, of `PIECE` images at most, that each worker makes in advance.
         other_weights_N: (N,) chances of loader B, proportional; for `glmc` alone.
         decode: "device" decodes JPEGs on a CUDA device; workers only read them.
 
     Attributes:
-        waited_seconds: how long `next` has waited for data so far; may be set to 0.
+        waited_seconds: how long `next` has waited for data so far, or decoded and augmented it itself; may be set to 0.
 
     Raises:
         ValueError: the arguments do not fit each other.
@@ -449,7 +523,7 @@ class TrainLoader:
         resolution: int,
         device: torch.device,
         workers: int,
-        prefetch: int = 2,
+        prefetch: int = PREFETCH,
         other_weights_N: Tensor | None = None,
         decode: Decode = "cpu",
     ) -> None:
@@ -485,23 +559,24 @@ class TrainLoader:
         Raises:
             BadImage: a file cannot be read; list, line and file are named.
         """
-        requests = [
-            _Request(epoch, places.start, indices)
-            for places, indices in _indices(self.plan, self._order, self._weights_N, self.seed, epoch, first_step)
-        ]
-        answers = self._pipeline.run(requests)
-        micro_batches = self.plan.accumulate
-        steps = (tuple(next(answers) for _ in range(micro_batches)) for _ in range(len(requests) // micro_batches))
+        requests = _requests(self.plan, self._order, self._weights_N, self.seed, epoch, first_step)
+        answers = self._pipeline.run([request for step in requests for batch in step for request in batch])
+        steps = (tuple(tuple(itertools.islice(answers, len(batch))) for batch in step) for step in requests)
         return _ahead(steps, self.device, self._move)
 
     def close(self) -> None:
         """End the workers."""
         self._pipeline.close()
 
-    def _move(self, batch: LoadedBatch | _Encoded) -> LoadedBatch:
-        if isinstance(batch, _Encoded):
-            batch = self._dataset.augment(batch.request, _decode_on(batch, self._dataset.images, self.device))
-        return _moved(batch, self.device)
+    def _move(self, pieces: Sequence[LoadedBatch | _Encoded]) -> LoadedBatch:
+        start = time.perf_counter()
+        decoded = [self._decoded(piece) if isinstance(piece, _Encoded) else piece for piece in pieces]
+        if self._dataset.decode == "device":  # the host's time for it
+            self.waited_seconds += time.perf_counter() - start
+        return _joined(decoded, self.device)
+
+    def _decoded(self, piece: _Encoded) -> LoadedBatch:
+        return self._dataset.augment(piece.request, _decode_on(piece, self._dataset.images, self.device))
 
 
 def _decode_on(batch: _Encoded, images: ImageList, device: torch.device) -> list[Tensor]:
@@ -535,16 +610,21 @@ def _check_kind(kind: Kind, other_weights_N: Tensor | None, num_images: int) -> 
         raise ValueError(f"other_weights_N has shape {tuple(other_weights_N.shape)}; expected ({num_images},)")
 
 
-def _indices(
+def _requests(
     plan: Plan, order: EpochOrder, weights_N: Tensor | None, seed: int, epoch: int, first_step: int
-) -> Iterator[tuple[range, tuple[tuple[int, ...], ...]]]:
-    """Yield places and images (loader by loader) of this process's micro-batches."""
+) -> list[list[list[_Request]]]:
+    """Return the pieces of this process's micro-batches, step by step."""
     orders = [order.order(seed, epoch)]
     if weights_N is not None:
         orders.append(order.resampled(weights_N, seed, epoch))
-    for step in range(first_step, plan.steps):
-        for places in plan.parts(step):
-            yield places, tuple(tuple(one[places.start : places.stop].tolist()) for one in orders)
+
+    def request(places: range) -> _Request:
+        return _Request(epoch, places.start, tuple(tuple(one[places.start : places.stop].tolist()) for one in orders))
+
+    return [
+        [[request(piece) for piece in _pieces(places)] for places in plan.parts(step)]
+        for step in range(first_step, plan.steps)
+    ]
 
 
 class EvalLoader:
@@ -577,23 +657,24 @@ class EvalLoader:
     ) -> None:
         self.device = device
         mine = range(rank, len(images), ranks)
-        self._requests = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
+        self._batches = [_pieces(mine[i : i + batch_size]) for i in range(0, len(mine), batch_size)]
         self._pipeline: _Pipeline[range] = _Pipeline(
             _EvalImages(images, resolution),
             workers=workers,
-            prefetch=2,
+            prefetch=PREFETCH,
             persistent=False,
             pin_memory=device.type == "cuda",
         )
 
     def __len__(self) -> int:
         """Return the number of batches."""
-        return len(self._requests)
+        return len(self._batches)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield images (N, 3, R, R) uint8 and labels (N,) int64 on the device."""
-        batches = ((batch,) for batch in self._pipeline.run(self._requests))
-        for (batch,) in _ahead(batches, self.device, partial(_moved, device=self.device)):
+        answers = self._pipeline.run([piece for pieces in self._batches for piece in pieces])
+        batches = ((tuple(itertools.islice(answers, len(pieces))),) for pieces in self._batches)
+        for (batch,) in _ahead(batches, self.device, partial(_joined, device=self.device)):
             yield batch.looks[0], batch.labels[0]
 
 

@@ -125,6 +125,12 @@ class ImageNetSettings:
             raise ValueError("--schedule glmc-published is a warm-up's quirk: set --warmup-epochs, published 10")
         if self.fsdp and self.amp == "fp16":
             raise ValueError("--fsdp with --amp fp16 would see each rank's overflows alone: use --amp bf16 or off")
+        for name, given in (("fsdp", self.fsdp), ("sync-bn", self.sync_bn)):
+            if self.compile and given:
+                raise ValueError(
+                    f"--compile with --{name} would run most layers uncompiled, because their exchange among ranks "
+                    "breaks the graph: leave one out"
+                )
 
     def outcome(self) -> dict[str, Any]:
         """Return the options that decide the outcome, by the names that the command line uses, as plain values."""
