@@ -301,7 +301,7 @@ class ClassMeanTracker(nn.Module):
         if kernels.can_read(mean_CD, weight_C, mean_sum_D):
             return mean_CD, *kernels.geometry(weight_C, mean_sum_D)
         seen_C = weight_C > 0
-        if type(seen_C) is Tensor and host.can_read(mean_CD) and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and type(seen_C) is Tensor and host.can_read(mean_CD):
             count = np.count_nonzero(seen_C.numpy())
             center_D = torch.from_numpy((mean_sum_D.numpy() / max(count, 1)).astype(mean_CD.numpy().dtype))
             return mean_CD, seen_C if count > 1 else torch.zeros_like(seen_C), center_D
