@@ -50,7 +50,7 @@ class FeatureCapture:
         self._pending: list[Tensor] = []
         # Linear layers take the feature dimension last, convolutions second.
         weight = getattr(module, getattr(classifier, "weight_name", "weight"), None)
-        self._features_last = not hasattr(module, "kernel_size") and getattr(weight, "ndim", 2) == 2
+        self._features_last = not hasattr(module, "kernel_size") and getattr(weight, "ndim", 2) <= 2
         # A bound method is deep-copied with its owner; a closure would keep recording for the original (pitfall C10).
         self._handle = module.register_forward_pre_hook(self._record, with_kwargs=True)
 

@@ -17,6 +17,10 @@ from spalign.distributed import full_tensor, is_sharded, reshard_owner, shard_li
 __all__ = ["Classifier", "ClassifierLike"]
 
 _PLAIN = (Tensor, nn.Parameter)
+_KEPT_ELSEWHERE = (
+    "FullyShardedDataParallel (FSDP1) keeps it elsewhere: use fully_shard (FSDP2), or leave the classifier out of what "
+    "FSDP1 wraps (ignored_modules)"
+)
 
 # What frameworks tie to a parameter that only mirrors the master copy which their optimizer moves: DeepSpeed, Megatron.
 _OF_MASTERS = ("get_full_hp_param", "main_param")
@@ -86,7 +90,7 @@ class Classifier:
     @property
     def shape(self) -> tuple[int, int]:
         """(C, D)."""
-        shape = self._stored().shape
+        shape = self._shape
         return shape[self.class_dim], shape[1 - self.class_dim]
 
     @property
@@ -118,12 +122,12 @@ class Classifier:
 
     def require_trainable(self, action: str) -> None:
         """Raise ValueError if the weight is fixed or its rows cannot be reached; ``action`` completes "cannot be"."""
+        self._require_own(action)
         if self.fixed:
             raise ValueError(
                 f"{self} is fixed (a plain tensor, a buffer or a frozen parameter), so it cannot be {action}; align "
                 "the features to it instead, with SpARegLoss(classifier, tracker, align='features')"
             )
-        self._require_own(action)
 
     def require_writable(self) -> None:
         """Raise ValueError if rows that are written would be lost."""
@@ -136,14 +140,29 @@ class Classifier:
                         "a right_inverse, through which rows are written; give it one, or align with SpARegLoss"
                     )
 
-    def _require_own(self, action: str) -> None:
-        """Raise ValueError if the weight is made anew in every forward pass, which undoes what is written into it."""
-        if isinstance(self.module, nn.Module) and self._stored().grad_fn is not None and not self._parametrized():
-            raise ValueError(
-                f"the weight of {self} is computed in each forward pass, by pruning, spectral norm or a property, "
-                f"expected a parameter: what is computed cannot be {action}; name the parameter that it is made from, "
-                f"spalign.Classifier(module, weight={self.weight_name + '_orig'!r}) after torch.nn.utils.prune"
-            )
+    def _require_own(self, action: str, as_leaf: bool = False) -> None:
+        """Raise ValueError if the weight is made anew in every forward pass, which undoes what is written into it.
+
+        A part of a parameter can be written to, but has no gradient of its own: refused ``as_leaf``.
+        """
+        module, name = self.module, self.weight_name
+        own = {} if isinstance(module, Tensor) else module._parameters
+        if name in own or self._parametrized() or self._weight_norm() is not None:
+            return
+        weight = self._present(self._weight())
+        held = weight._base if weight._is_view() and not as_leaf else weight
+        # Without gradients what a property computes is a leaf, but another at every look; and so is what hooks keep as
+        # an attribute, and name by what they compute it from.
+        kept = weight.is_leaf and weight is self._weight() and f"{name}_orig" not in own
+        if kept or isinstance(held, nn.Parameter):
+            return
+        source = next((n for n, p in own.items() if p is not None and p.shape == weight.shape), None)
+        layout = ", class_dim=1" if self.class_dim == 1 else ""
+        raise ValueError(
+            f"the weight of {self} is computed in each forward pass, as by pruning, spectral norm or a property, "
+            f"expected a parameter: what is computed cannot be {action}; name the parameter that it is made from, "
+            f"spalign.Classifier(module, weight={'...' if source is None else repr(source)}{layout})"
+        )
 
     def reshard(self) -> None:
         """Bring back the parameters that the optimizer holds, where FSDP2 has gathered ones in their place.
@@ -157,10 +176,10 @@ class Classifier:
         """Return the weight as (C, D), in its own dtype, inside the autograd graph; sharded weights are gathered."""
         normed = self._weight_norm()
         if normed is None:
-            return self.as_rows(full_tensor(self._present()))
+            return self.as_rows(full_tensor(self._present(self._weight())))
         # Computed here: what the layer holds may belong to the graph of an earlier forward pass, or be sharded.
         direction, magnitude, dim = normed
-        return self.as_rows(torch._weight_norm(full_tensor(direction), full_tensor(magnitude), dim))
+        return self.as_rows(torch._weight_norm(full_tensor(self._present(direction)), full_tensor(magnitude), dim))
 
     def as_rows(self, x: Tensor) -> Tensor:
         """View a tensor laid out as the weight as (C, D)."""
@@ -187,8 +206,15 @@ class Classifier:
         """Return the tensors whose gradients turn and stretch the rows.
 
         Raises:
-            ValueError: the weight has a parametrization other than weight norm with one norm per class.
+            ValueError: the weight has a parametrization other than weight norm with one norm per class, or is computed
+                in each forward pass.
         """
+        leaves = self._leaves()
+        if leaves.magnitude is None:
+            self._require_own("projected", as_leaf=True)
+        return leaves
+
+    def _leaves(self) -> Leaves:
         normed = self._weight_norm()
         if normed is None:
             if self._parametrized():
@@ -198,15 +224,14 @@ class Classifier:
                     "not act on rows; use SpARegLoss, or spalign.functional.project_gradient where you hold a row "
                     "gradient"
                 )
-            self._require_own("projected or rotated")
-            return Leaves(self._present(), None)
+            return Leaves(self._present(self._weight()), None)
         direction, magnitude, dim = normed
         if dim != self.class_dim:
             raise ValueError(
                 f"weight norm of {self} has dim={dim}, expected dim={self.class_dim}: one norm per class, so that rows "
                 "keep their direction when norms change"
             )
-        return Leaves(direction, magnitude)
+        return Leaves(self._present(direction), magnitude)
 
     @torch.no_grad()
     def write(self, new_CD: Tensor, changed_C: Tensor | None = None) -> None:
@@ -223,7 +248,8 @@ class Classifier:
         if self._weight_norm() is None and self._parametrized():
             setattr(self.module, self.weight_name, self.as_stored(new_CD))
             return
-        leaves = self.leaves()
+        self._require_own("rotated")
+        leaves = self._leaves()
         direction, magnitude = leaves
         stored = self.as_stored(new_CD)
         if magnitude is not None:
@@ -242,19 +268,17 @@ class Classifier:
         weight = self.module if isinstance(self.module, Tensor) else getattr(self.module, self.weight_name)
         return cast(Tensor, weight)
 
-    def _present(self) -> Tensor:
-        """Return the weight, or raise ValueError where FSDP1 has flattened it or taken its memory away."""
-        weight = self._weight()
-        there = weight.ndim == self._ndim
-        if there and type(weight) in _PLAIN and not torch.compiler.is_compiling() and weight.device.type != "meta":
-            # Transformed tensors are of the plain type too, and have no memory to ask for.
-            there = torch._C._are_functorch_transforms_active() or weight.untyped_storage().size() > 0
+    def _present(self, weight: Tensor) -> Tensor:
+        """Return the stored weight, or raise ValueError where FSDP1 has flattened it or taken its memory away (B2)."""
+        there = weight.shape == self._shape
+        # Transformed tensors are of the plain type too, and have no memory to ask for; nor have those of some devices.
+        if there and type(weight) in _PLAIN and not torch.compiler.is_compiling() and torch._C._has_storage(weight):
+            there = weight.untyped_storage().size() > 0
         if not there:
+            now = f"shape {tuple(weight.shape)}{' and no memory' if weight.shape == self._shape else ''}"
             raise ValueError(
-                f"the weight of {type(self.module).__name__} has shape {tuple(weight.shape)} and "
-                f"{'no memory' if weight.ndim == self._ndim else 'is flat'}, expected the (C, D) weight that was there "
-                "at first; FullyShardedDataParallel (FSDP1) keeps it elsewhere: use fully_shard (FSDP2), or leave the "
-                "classifier out of what FSDP1 wraps (ignored_modules)"
+                f"the weight of {self} has {now}, expected {tuple(self._shape)} as at first; "
+                f"{_KEPT_ELSEWHERE}. If the layer itself was changed, build the objects of spalign anew"
             )
         return weight
 
@@ -309,8 +333,9 @@ class Classifier:
             raise ValueError(
                 f"{what}.{self.weight_name} has shape {shape} and dtype {weight.dtype}, expected a float matrix "
                 "(C, D), or (C, D, 1, 1) of a 1x1 convolution; pass the layer that maps features to logits"
+                + (f". {_KEPT_ELSEWHERE}" if weight.ndim == 1 else "")
             )
-        self._ndim = weight.ndim
+        self._ndim, self._shape = weight.ndim, weight.shape
         if 0 in shape:
             raise ValueError(f"{what}.{self.weight_name} has shape {shape}, expected at least one class and feature")
 

@@ -384,10 +384,11 @@ class ClassMeanTracker(nn.Module):
             raise ValueError(f"targets have dtype {targets.dtype}, expected integer class indices or float soft labels")
         expected = (shape[0], self.num_classes, *shape[2:]) if soft else (shape[0], *shape[2:])
         if targets.shape != expected:
+            pooled = len(shape) > 2 and features.numel() == shape[0] * dim and (*targets.shape, *shape[2:]) == expected
             raise ValueError(
                 f"targets have shape {tuple(targets.shape)} and dtype {targets.dtype}, expected {expected} for "
                 f"features of shape {tuple(shape)}: class indices as integers (N, ...), soft labels as floats "
-                "(N, C, ...)"
+                "(N, C, ...)" + ("; of pooled features pass features.flatten(1)" * pooled)
             )
         state: Any = self._buffers  # which is faster than a module's attributes
         device = state["mean"].device

@@ -175,3 +175,29 @@ def test_a_custom_convolution_has_its_features_second() -> None:
     x = torch.randn(2, 5, 5, 5)
     head(x)
     assert torch.equal(features(), x)
+
+
+def test_a_linear_layer_has_its_features_last_where_fsdp1_has_flattened_its_weight() -> None:
+    fc = nn.Linear(8, 3)
+    weight, fc.weight = fc.weight, nn.Parameter(torch.randn(24))
+    features = spalign.FeatureCapture(fc)
+    fc.weight = weight  # as in a forward pass
+    x = torch.randn(2, 5, 8)
+    fc(x)
+    assert torch.equal(features(), x.movedim(-1, 1))
+
+
+def test_a_copied_model_that_nobody_reads_is_named() -> None:
+    net = model()
+    spalign.FeatureCapture(net[2])
+    teacher = copy.deepcopy(net)
+
+    def forget() -> None:
+        for _ in range(100):
+            teacher(torch.ones(1, 4))
+
+    with pytest.raises(RuntimeError, match=r"a copy of a model copies its capture: run the copy under torch\.no_grad"):
+        forget()
+    with torch.no_grad():
+        for _ in range(100):
+            teacher(torch.ones(1, 4))

@@ -287,6 +287,66 @@ def test_pruning_between_two_steps_is_noticed() -> None:
     assert not torch.equal(rows, head.weight_orig)
 
 
+def test_pruning_is_noticed_after_a_validation_pass_too() -> None:
+    """What it has computed without gradients has no graph, by which it could be known."""
+    head, tracker = nn.Linear(8, 4), fed_tracker()
+    slerp = spalign.SpASlerp(head, tracker, total_steps=2, alpha_max=1.0, threshold=1.0)
+    prune.l1_unstructured(head, "weight", amount=0.2)
+    with torch.no_grad():
+        head(torch.randn(2, 8))
+    with pytest.raises(ValueError, match="weight='weight_orig'"):
+        slerp.step()
+    assert slerp.last_step == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*spectral_norm.*:FutureWarning")
+def test_the_parameter_to_pass_is_named() -> None:
+    before_its_first_pass = torch.nn.utils.spectral_norm(nn.Linear(8, 4))  # a plain tensor until then
+    for head, name in ((Cosine(), "raw"), (pruned(), "weight_orig"), (before_its_first_pass, "weight_orig")):
+        with pytest.raises(ValueError, match=rf"Classifier\(module, weight='{name}'\)"):
+            spalign.SpASlerp(head, fed_tracker(), total_steps=1)
+        spalign.SpASlerp(spalign.Classifier(head, weight=name), fed_tracker(), total_steps=1).step()
+    transposed = Columns(torch.randn(4, 8))
+    prune.identity(transposed, "prototypes")
+    with pytest.raises(ValueError, match=r"Classifier\(module, weight='prototypes_orig', class_dim=1\)"):
+        spalign.SpASlerp(spalign.Classifier(transposed, "prototypes", class_dim=1), fed_tracker(), total_steps=1)
+
+
+def test_a_computed_tensor_is_refused_and_left_as_it_was() -> None:
+    rows = torch.nn.functional.normalize(nn.Parameter(torch.randn(4, 8)))
+    with pytest.raises(ValueError, match=r"is computed in each forward pass"):
+        spalign.SpASlerp(rows, fed_tracker(), total_steps=1)
+    before, property_head = rows.detach().clone(), Cosine()
+    for adapter in (spalign.Classifier(rows), spalign.Classifier(property_head)):
+        with pytest.raises(ValueError, match=r"is computed in each forward pass"):
+            adapter.write(torch.zeros(4, 8))
+    assert torch.equal(rows, before)
+    assert property_head.raw.any()
+
+
+class Tied(nn.Module):
+    """A head whose rows are some of an embedding's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(9, 8)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.embedding.weight[:4]
+
+
+def test_a_part_of_a_parameter_is_written_and_has_no_gradient_to_project() -> None:
+    head, tracker = Tied(), fed_tracker()
+    before = head.embedding.weight.detach().clone()
+    spalign.SpASlerp(head, tracker, total_steps=1, alpha_max=1.0, threshold=1.0).step()
+    cosine = spalign.functional.alignment(head.weight, tracker.mean, tracker.seen)
+    torch.testing.assert_close(cosine, torch.ones(4))  # float32
+    assert torch.equal(head.embedding.weight[4:], before[4:])
+    with pytest.raises(ValueError, match=r"cannot be projected"):
+        spalign.SpAProj(torch.optim.SGD(head.parameters(), lr=0.1), head, tracker)
+
+
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 def test_the_weight_norm_of_a_compiled_layer_is_found() -> None:
     head = torch.nn.utils.weight_norm(nn.Linear(8, 4))
@@ -317,19 +377,57 @@ def test_a_parametrization_without_an_inverse_is_refused_at_once() -> None:
         spalign.SpASlerp(head, fed_tracker(), total_steps=1)
 
 
-@pytest.mark.parametrize("flat", [True, False])
-def test_weights_that_fsdp1_has_taken_away_are_named(flat: bool) -> None:
-    """As its use_orig_params leaves them: a flat shard, or a matrix without memory, which crashed the process."""
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("taken", ["flat", "freed", "freed part"])
+def test_weights_that_fsdp1_has_taken_away_are_named(taken: str, normed: bool) -> None:
+    """B2: as its use_orig_params leaves them, a flat shard or a matrix without memory, which crashed the process."""
     head, tracker = nn.Linear(8, 4), fed_tracker()
+    head = torch.nn.utils.parametrizations.weight_norm(head) if normed else head
     slerp, spareg = spalign.SpASlerp(head, tracker, total_steps=1), spalign.SpARegLoss(head, tracker)
-    if flat:
-        head.weight = nn.Parameter(torch.randn(16))
-    else:
-        head.weight.untyped_storage().resize_(0)
-    for use in (slerp.step, spareg):
-        with pytest.raises(ValueError, match=r"FullyShardedDataParallel \(FSDP1\) keeps it elsewhere: use fully_shard"):
+    optimizer = spalign.SpAProj(torch.optim.SGD(head.parameters(), lr=0.1), head, tracker)
+    owner, name = (head.parametrizations["weight"], "original1") if normed else (head, "weight")
+    if taken == "flat":
+        setattr(owner, name, nn.Parameter(torch.randn(16)))
+    elif taken == "freed":
+        getattr(owner, name).untyped_storage().resize_(0)
+    else:  # without use_orig_params it is no parameter any more, but a view of a larger one
+        delattr(owner, name)
+        whole = nn.Parameter(torch.randn(50))
+        setattr(owner, name, whole[:32].view(4, 8))
+        whole.untyped_storage().resize_(0)
+    message = r"FullyShardedDataParallel \(FSDP1\) keeps it elsewhere: use fully_shard"
+    for use in (slerp.step, spareg, optimizer.step):
+        with pytest.raises(ValueError, match=message):
             use()
     assert slerp.last_step == 0
+    assert "4 classes x 8 features" in repr(spareg)
+    if taken == "flat" and not normed:
+        with pytest.raises(ValueError, match=message):
+            spalign.SpASlerp(head, tracker, total_steps=1)
+
+
+def test_a_layer_of_another_size_is_named() -> None:
+    head, tracker = nn.Linear(8, 4), fed_tracker()
+    spareg = spalign.SpARegLoss(head, tracker)
+    head.weight = nn.Parameter(torch.randn(5, 8))
+    with pytest.raises(ValueError, match=r"has shape \(5, 8\), expected \(4, 8\) .*build the objects of spalign anew"):
+        spareg()
+
+
+def test_weights_without_memory_of_their_own_are_read() -> None:
+    """Of transformed tensors and of meta ones there is none to ask for."""
+    head = nn.Linear(8, 4)
+    adapter = spalign.Classifier(head)
+
+    def norm(weight: Tensor) -> Tensor:
+        head.__dict__["weight"] = weight  # in the place of the parameter, as a functional call has it
+        rows = adapter.rows()
+        del head.__dict__["weight"]
+        return rows.square().sum()
+
+    got = torch.func.grad(norm)(head.weight.detach())
+    torch.testing.assert_close(got, 2 * head.weight.detach(), rtol=0, atol=0)
+    assert spalign.Classifier(nn.Linear(8, 4, device="meta")).rows().is_meta
 
 
 def test_a_transposed_head_is_named_where_its_features_do_not_fit() -> None:

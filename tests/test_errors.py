@@ -36,6 +36,8 @@ BAD_BATCHES: dict[str, tuple[Any, Any, list[str]]] = {
     "targets 2-D": (H, Y.unsqueeze(1), ["(4, 1)", "(4,)"]),
     "float class indices": (H, Y.float(), ["float32", "(4, 5)", "integer"]),
     "soft width": (H, torch.ones(4, 3), ["(4, 3)", "(4, 5)"]),
+    "pooled features": (H[:, :, None, None], Y, ["(4,)", "(4, 1, 1)", "features.flatten(1)"]),
+    "pooled features and soft targets": (H[:, :, None, None], Q, ["(4, 5)", "(4, 5, 1, 1)", "features.flatten(1)"]),
     "dense targets": (torch.randn(2, D, 3), torch.zeros(2, 4).long(), ["(2, 4)", "(2, 3)"]),
     "bool targets": (H, Y > 1, ["bool", "integer"]),
     "complex targets": (H, Y.to(torch.complex64), ["complex64", "integer"]),

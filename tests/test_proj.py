@@ -251,6 +251,17 @@ def test_a_classifier_that_the_optimizer_does_not_hold_raises_at_the_first_step(
         optimizer.step()
 
 
+def test_a_classifier_frozen_on_the_way_is_named_and_can_be_let_go() -> None:
+    s = Setup(SGD, wrap=False, lr=0.1)
+    optimizer = spalign.SpAProj(s.inner, s.fc, s.tracker, gamma=0.3)
+    s.fc.weight.requires_grad_(False)
+    s.loss(0).backward()
+    with pytest.raises(RuntimeError, match=r"was frozen after SpAProj was built.*call remove\(\)"):
+        optimizer.step()
+    optimizer.remove()
+    optimizer.step()
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Closures (pitfall A7)
 # ----------------------------------------------------------------------------------------------------------------------
