@@ -4,6 +4,7 @@ import copy
 import pickle
 import warnings
 from collections.abc import Callable
+from typing import cast
 
 import pytest
 import torch
@@ -280,11 +281,11 @@ def test_pruning_between_two_steps_is_noticed() -> None:
     with pytest.raises(ValueError, match="weight='weight_orig'"):
         slerp.step()
     assert slerp.last_step == 1
-    rows = head.weight_orig.detach().clone()
+    rows = head.get_parameter("weight_orig").detach().clone()
     spalign.SpASlerp(
         spalign.Classifier(head, weight="weight_orig"), tracker, total_steps=1, alpha_max=1.0, threshold=1.0
     ).step()
-    assert not torch.equal(rows, head.weight_orig)
+    assert not torch.equal(rows, head.get_parameter("weight_orig"))
 
 
 def test_pruning_is_noticed_after_a_validation_pass_too() -> None:
@@ -350,7 +351,7 @@ def test_a_part_of_a_parameter_is_written_and_has_no_gradient_to_project() -> No
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 def test_the_weight_norm_of_a_compiled_layer_is_found() -> None:
     head = torch.nn.utils.weight_norm(nn.Linear(8, 4))
-    compiled, tracker = torch.compile(head, backend="eager"), fed_tracker()
+    compiled, tracker = cast(nn.Module, torch.compile(head, backend="eager")), fed_tracker()
     slerp = spalign.SpASlerp(compiled, tracker, total_steps=1, alpha_max=1.0, threshold=1.0)
     slerp.step()
     x = torch.randn(3, 8)
@@ -385,7 +386,7 @@ def test_weights_that_fsdp1_has_taken_away_are_named(taken: str, normed: bool) -
     head = torch.nn.utils.parametrizations.weight_norm(head) if normed else head
     slerp, spareg = spalign.SpASlerp(head, tracker, total_steps=1), spalign.SpARegLoss(head, tracker)
     optimizer = spalign.SpAProj(torch.optim.SGD(head.parameters(), lr=0.1), head, tracker)
-    owner, name = (head.parametrizations["weight"], "original1") if normed else (head, "weight")
+    owner, name = (head.get_submodule("parametrizations.weight"), "original1") if normed else (head, "weight")
     if taken == "flat":
         setattr(owner, name, nn.Parameter(torch.randn(16)))
     elif taken == "freed":
