@@ -128,12 +128,12 @@ def counting() -> Iterator[Counts]:
     absorb, step = spalign.ClassMeanTracker._absorb, spalign.SpASlerp.step
     project = spalign.functional._project
 
-    def counted_absorb(self: spalign.ClassMeanTracker, *args: Any) -> Any:
+    def counted_absorb(self: spalign.ClassMeanTracker, *args: Any, **how: Any) -> Any:
         counts.fed += 1
         if not any(known is self for known in counts.trackers):
             counts.trackers.append(self)
             counts.seen_at_first.append(int(self.seen.sum()))
-        return absorb(self, *args)
+        return absorb(self, *args, **how)
 
     def counted_project(*args: Any, **kwargs: Any) -> Tensor:
         counts.projected += 1
