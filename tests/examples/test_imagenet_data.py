@@ -642,14 +642,51 @@ def test_epoch_continues_in_the_middle_and_after_an_interruption(make_loader: Ma
     assert list(one.epoch(1, first_step=one.plan.steps)) == []
 
 
-def test_workers_make_pieces_of_batches() -> None:
+def test_next_epoch_is_made_while_another_thing_is_done(make_loader: MakeLoader) -> None:
+    """Or the device would wait for its first images after every evaluation."""
+    expected = [by_place(make_loader(), epoch) for epoch in range(4)]
+    one = make_loader(workers=1)
+    with mock.patch.object(one._pipeline, "run", wraps=one._pipeline.run) as run:
+        for epoch in range(2):
+            assert same(by_place(one, epoch), expected[epoch])
+        assert run.call_count == 1
+        assert same(by_place(one, 3), expected[3])  # not what was made
+        assert run.call_count == 2
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_nothing_is_made_after_the_last_epoch(make_loader: MakeLoader, tree: lists.ImageList, workers: int) -> None:
+    one = make_loader("standard", workers=workers)
+    one.epochs = 2
+    order = loader.EpochOrder(len(tree))
+    asked = [i for request in one._requests(0, 2) for i in request.indices[0]]
+    assert asked == order.order(3, 0)[15:].tolist() + order.order(3, 1).tolist()
+    expected = [by_place(make_loader("standard"), epoch) for epoch in range(4)]
+    for epoch in (0, 1, 1, 3):  # what is asked for is made even so
+        assert same(by_place(one, epoch), expected[epoch])
+
+
+def test_passes_may_take_turns(make_loader: MakeLoader) -> None:
+    one, expected = make_loader(workers=1), make_loader()
+    pairs = list(zip(one.epoch(0), one.epoch(1), strict=True))
+    for found, epoch in zip(zip(*pairs, strict=True), range(2), strict=True):
+        for parts, others in zip(found, expected.epoch(epoch), strict=True):
+            assert torch.equal(parts[0].looks[0], others[0].looks[0])
+
+
+def test_workers_make_pieces_of_batches(tmp_path: Path) -> None:
     """A whole batch of 1,024 images takes a worker seconds, in which the first step of an epoch would wait."""
-    plan, order = loader.Plan(1000, 300, accumulate=2), loader.EpochOrder(1000)
-    steps = loader._requests(plan, order, None, 3, 0, 1)
-    assert [len(batch) for step in steps for batch in step] == [2] * 6  # of 125 images each
-    found = [request for step in steps for batch in step for request in batch]
-    assert max(len(request.indices[0]) for request in found) <= loader.PIECE
-    assert [i for request in found for i in request.indices[0]] == order.order(3, 0)[250:].tolist()
+    numbers = tuple(range(1, 1001))
+    found = lists.ImageList(tmp_path, tmp_path, tuple(map(str, numbers)), torch.zeros(1000).long(), numbers)
+    shared: dict[str, Any] = {"kind": "standard", "resolution": R, "device": CPU, "workers": 0}
+    one = loader.TrainLoader(found, loader.Plan(1000, 300, accumulate=2), seed=3, **shared)
+    requests = list(itertools.islice(one._requests(0, 1), 12 + 3))
+    # Of an epoch from its second step on: 6 micro-batches of 125 images. Then comes the next epoch.
+    assert [len(request.indices[0]) for request in requests] == [62, 63] * 7 + [62]
+    assert [request.epoch for request in requests] == [0] * 12 + [1] * 3
+    order = loader.EpochOrder(1000)
+    assert [i for request in requests[:12] for i in request.indices[0]] == order.order(3, 0)[250:].tolist()
+    assert requests[12].indices[0] == tuple(order.order(3, 1)[:62].tolist())
 
 
 def test_continuing_reads_nothing_of_earlier_steps(make_loader: MakeLoader, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -695,7 +732,7 @@ def test_file_that_fails_in_training_is_named(make_loader: MakeLoader, tree: lis
         else:
             (tree.root / tree.files[11]).write_bytes(content)
         with pytest.raises(loader.BadImage) as caught:
-            by_place(one, 1)
+            by_place(one, 2)  # workers have made the one before already
         assert str(caught.value).startswith(f"{tree.path}:12 ({tree.root / '11.jpg'}) cannot be read (")
         assert "--scan full" in str(caught.value)
         evaluation = loader.EvalLoader(tree, batch_size=4, resolution=R, device=CPU, workers=workers)
@@ -765,16 +802,16 @@ def test_workers_of_a_loader_that_fails_to_start_end(make_loader: MakeLoader, mo
 
 
 def test_workers_without_shared_memory_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """16 workers x 2 pieces of 64 images of 224 pixels are 308 MB, and a container has 64 MiB unless told otherwise."""
+    """Two times 16 workers x 2 pieces of 64 images of 224 pixels are 617 MB, and a container has 64 MiB by default."""
     usage = mock.Mock(return_value=mock.Mock(total=64 * 2**20))
     monkeypatch.setattr("shutil.disk_usage", usage)
     check = partial(loader.check_shared_memory, [(1024, 1), (256, 1)], 224, folder=tmp_path)
-    with pytest.raises(ValueError, match=r"holds 67 MB, but 1 processes with --workers 16 have up to 308 MB .*=1g"):
+    with pytest.raises(ValueError, match=r"holds 67 MB, but 1 processes with --workers 16 have up to 617 MB .*=2g"):
         check(workers=16, processes=1)
     usage.return_value.total = 8 * 1024**3
     check(workers=16, processes=8)
     check(workers=0, processes=8)
-    with pytest.raises(ValueError, match=r"up to 9,248 MB .* --shm-size=19g\) or use fewer --workers"):
+    with pytest.raises(ValueError, match=r"up to 11,715 MB .* --shm-size=24g\) or use fewer --workers"):
         loader.check_shared_memory([(120, 4), (256, 1)], 224, workers=16, processes=8, folder=tmp_path)
     loader.check_shared_memory([(15, 4), (256, 1)], 224, workers=16, processes=8, folder=tmp_path)
     loader.check_shared_memory([(120, 4)], 224, workers=16, processes=8, folder=tmp_path / "missing")

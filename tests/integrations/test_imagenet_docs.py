@@ -204,13 +204,14 @@ def test_memory_follows_from_the_sizes() -> None:
 
 
 def test_shared_memory_follows_from_what_workers_make_in_advance() -> None:
-    piece, process = loader.PIECE, 16 * loader.PREFETCH * 3 * 224**2 / 1e9
+    piece, one = loader.PIECE, 16 * loader.PREFETCH * 3 * 224**2 / 1e9
+    process = 2 * one * piece  # of training and of an evaluation
     # GLMC's batches are divided into equal pieces.
-    glmc = process * max(map(len, loader._pieces(range(RECIPES["glmc"].batch_size)))) * 4
+    glmc = one * (max(map(len, loader._pieces(range(RECIPES["glmc"].batch_size)))) * 4 + piece)
     words = " ".join(TEXT.split())
     assert f"up to {loader.PREFETCH} pieces of {piece} images" in words
-    assert f"{1e3 * process * piece:.0f} MB a process, {8 * process * piece:.1f} GB for the eight" in words
-    assert f"GLMC's four looks, on one GPU, are {glmc:.1f} GB" in words
+    assert f"{1e3 * process:.0f} MB a process, {8 * process:.1f} GB for the eight" in words
+    assert f"with GLMC's four looks, on one GPU, {glmc:.1f} GB" in words
 
 
 def test_operations_of_a_look_on_the_device() -> None:

@@ -203,7 +203,8 @@ class Trainer(Run):
         if settings.data == "synthetic":
             return SyntheticLoader(self.counts, self.plan, **shared)
         decode: Any = settings.decode
-        return TrainLoader(self.train_images, self.plan, workers=settings.workers, decode=decode, **shared)
+        files: dict[str, Any] = {"workers": settings.workers, "epochs": recipe.epochs, "decode": decode}
+        return TrainLoader(self.train_images, self.plan, **files, **shared)
 
     # --- training -----------------------------------------------------------------------------------------------------
 

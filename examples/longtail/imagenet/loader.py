@@ -326,7 +326,7 @@ def check_shared_memory(
     """Refuse workers that have more pixels ready at once than their machine's shared memory takes.
 
     Args:
-        batches: of each kind of batch, the number of images and of looks at each of them; one kind at a time.
+        batches: of each loader whose workers are there at a time, the images of a batch and the looks at each of them.
         resolution: R.
         workers: of each process.
         processes: on this machine.
@@ -339,7 +339,7 @@ def check_shared_memory(
         return
     # All of it counts, not what is free: a run that died has not yet given its own back when the next one starts.
     there = shutil.disk_usage(folder).total
-    looks = max(max(map(len, _pieces(range(images)))) * looks for images, looks in batches)
+    looks = sum(max(map(len, _pieces(range(images)))) * looks for images, looks in batches)
     needed = looks * 3 * resolution**2 * workers * PREFETCH * processes
     if needed > there:
         raise ValueError(
@@ -353,16 +353,13 @@ def check_shared_memory(
 
 
 class _Requests(Generic[T]):
-    """What a loader with persistent workers is asked for next; replaced for every epoch."""
+    """What a loader with persistent workers is asked for; replaced for every pass."""
 
     def __init__(self) -> None:
-        self.items: Sequence[T] = ()
+        self.items: Iterable[T] = ()
 
     def __iter__(self) -> Iterator[T]:
         return iter(self.items)
-
-    def __len__(self) -> int:
-        return len(self.items)
 
 
 class _Pipeline(Generic[T]):
@@ -392,8 +389,8 @@ class _Pipeline(Generic[T]):
         # them are closed, at priority 10, they are told to end.
         self._end = Finalize(self, _end_workers, (self._running,), exitpriority=20)
 
-    def run(self, requests: Sequence[T]) -> Iterator[Any]:
-        """Yield the answers in order.
+    def run(self, requests: Iterable[T]) -> Iterator[Any]:
+        """Yield the answers in order; a pass that was not finished is dropped.
 
         Raises:
             BadImage: a file cannot be read.
@@ -412,8 +409,7 @@ class _Pipeline(Generic[T]):
             raise
         self._running[:] = [answers]
         try:
-            for _ in requests:
-                answer = next(answers)
+            for answer in answers:
                 self.waited_seconds += time.perf_counter() - start
                 if isinstance(answer, BadImage):
                     raise answer
@@ -502,7 +498,9 @@ class TrainLoader:
         resolution: R.
         device: where batches go.
         workers: processes that decode; 0 decodes in this one.
-        prefetch: pieces of micro-batches, of `PIECE` images at most, that each worker makes in advance.
+        prefetch: pieces of micro-batches, of `PIECE` images at most, that each worker makes in advance: at the end of
+            an epoch, of the next one, so that an evaluation in between finds it ready.
+        epochs: of the run; nothing is made for epochs that do not follow. None: there is always a next one.
         other_weights_N: (N,) chances of loader B, proportional; for `glmc` alone.
         decode: "device" decodes JPEGs on a CUDA device; workers only read them.
 
@@ -524,6 +522,7 @@ class TrainLoader:
         device: torch.device,
         workers: int,
         prefetch: int = PREFETCH,
+        epochs: int | None = None,
         other_weights_N: Tensor | None = None,
         decode: Decode = "cpu",
     ) -> None:
@@ -532,8 +531,10 @@ class TrainLoader:
         _check_kind(kind, other_weights_N, len(images))
         if decode == "device" and device.type != "cuda":
             raise ValueError(f"decode='device' needs a CUDA device, and this one is {device}: use decode='cpu'")
-        self.plan, self.seed, self.device = plan, seed, device
+        self.plan, self.seed, self.device, self.epochs = plan, seed, device, epochs
         self._order, self._weights_N = EpochOrder(len(images)), other_weights_N
+        self._answers: Iterator[Any] = iter(())
+        self._comes: tuple[int, int] | None = None  # the epoch and step that the next answers are for
         self._dataset = _TrainImages(images, kind, resolution, seed, decode)
         self._pipeline: _Pipeline[_Request] = _Pipeline(
             self._dataset,
@@ -559,10 +560,36 @@ class TrainLoader:
         Raises:
             BadImage: a file cannot be read; list, line and file are named.
         """
-        requests = _requests(self.plan, self._order, self._weights_N, self.seed, epoch, first_step)
-        answers = self._pipeline.run([request for step in requests for batch in step for request in batch])
-        steps = (tuple(tuple(itertools.islice(answers, len(batch))) for batch in step) for step in requests)
-        return _ahead(steps, self.device, self._move)
+        return _ahead(self._steps(epoch, first_step), self.device, self._move)
+
+    def _steps(self, epoch: int, first_step: int) -> Iterator[tuple[list[Any], ...]]:
+        """Yield the pieces of steps, which the workers were asked for already where the steps before were taken."""
+        for step in range(first_step, self.plan.steps):
+            if self._comes != (epoch, step):
+                self._answers = self._pipeline.run(self._requests(epoch, step))
+            self._comes = None
+            sizes = [len(_pieces(places)) for places in self.plan.parts(step)]
+            pieces = tuple(list(itertools.islice(self._answers, size)) for size in sizes)
+            if step + 1 < self.plan.steps:
+                self._comes = epoch, step + 1
+            elif self.epochs is None or epoch + 1 < self.epochs:
+                self._comes = epoch + 1, 0
+            yield pieces
+
+    def _requests(self, epoch: int, first_step: int) -> Iterator[_Request]:
+        """Yield the pieces of this process's micro-batches, epoch after epoch."""
+        while True:
+            orders = [self._order.order(self.seed, epoch)]
+            if self._weights_N is not None:
+                orders.append(self._order.resampled(self._weights_N, self.seed, epoch))
+            for step in range(first_step, self.plan.steps):
+                for places in self.plan.parts(step):
+                    for piece in _pieces(places):
+                        indices = tuple(tuple(one[piece.start : piece.stop].tolist()) for one in orders)
+                        yield _Request(epoch, piece.start, indices)
+            epoch, first_step = epoch + 1, 0
+            if self.epochs is not None and epoch >= self.epochs:
+                return
 
     def close(self) -> None:
         """End the workers."""
@@ -608,23 +635,6 @@ def _check_kind(kind: Kind, other_weights_N: Tensor | None, num_images: int) -> 
         )
     if other_weights_N is not None and other_weights_N.shape != (num_images,):
         raise ValueError(f"other_weights_N has shape {tuple(other_weights_N.shape)}; expected ({num_images},)")
-
-
-def _requests(
-    plan: Plan, order: EpochOrder, weights_N: Tensor | None, seed: int, epoch: int, first_step: int
-) -> list[list[list[_Request]]]:
-    """Return the pieces of this process's micro-batches, step by step."""
-    orders = [order.order(seed, epoch)]
-    if weights_N is not None:
-        orders.append(order.resampled(weights_N, seed, epoch))
-
-    def request(places: range) -> _Request:
-        return _Request(epoch, places.start, tuple(tuple(one[places.start : places.stop].tolist()) for one in orders))
-
-    return [
-        [[request(piece) for piece in _pieces(places)] for places in plan.parts(step)]
-        for step in range(first_step, plan.steps)
-    ]
 
 
 class EvalLoader:
