@@ -474,8 +474,8 @@ def attach_features(mean_CD: Tensor, features: Tensor, share: BatchShare) -> Ten
 
 def global_mean(mean_CD: Tensor, seen_C: Tensor) -> Tensor:
     """Return ``mu_G``, the mean of the rows of ``mean_CD`` (C, D) where ``seen_C`` (C,) bool holds; (D,)."""
-    seen_CD = torch.where(seen_C.unsqueeze(1), mean_CD, 0.0)
-    return seen_CD.sum(0) / seen_C.sum().clamp(min=1).to(mean_CD.dtype)
+    seen_CD = torch.where(seen_C.unsqueeze(1), mean_CD.to(_math_dtype(mean_CD)), 0.0)
+    return (seen_CD.sum(0) / seen_C.sum().clamp(min=1).to(seen_CD.dtype)).to(mean_CD.dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -448,6 +448,16 @@ def test_every_dtype_in_and_the_promised_one_out(dtype: torch.dtype) -> None:
     assert_close(projected, reference.project_gradient(ng, nw, nmean, nseen, 0.3), **tol)
 
 
+def test_the_global_mean_of_many_half_precision_means() -> None:
+    """Their sum is beyond float16, which ends at 65504."""
+    mean, seen = torch.full((999, 2), 100.0, dtype=torch.float16), torch.ones(999, dtype=torch.bool)
+    mean[:, 1] = torch.arange(999) % 7
+    center = F.global_mean(mean, seen)
+    assert center.dtype == torch.float16
+    # One rounding to float16, 2^-11; the sums are exact in single precision.
+    assert_close(center, to_numpy(mean).mean(0), rtol=2.0**-11, atol=0.0)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_features_of_every_dtype_into_single_precision_means(dtype: torch.dtype) -> None:
     h, y = make_batch(7, 16, 5, 6, dtype)
