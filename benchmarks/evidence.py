@@ -34,6 +34,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+sys.path.insert(0, str(ROOT / "examples"))  # for the figures
 
 
 @dataclass(frozen=True)
@@ -235,33 +236,32 @@ def report(folder: Path, name: str) -> str:
 
 
 def figure(folder: Path, name: str, path: Path) -> None:
-    """Draw accuracy, training accuracy and alignment by epoch, a line a variant, a band of one deviation over seeds."""
-    import matplotlib as mpl
+    """Draw accuracy, training accuracy and alignment by epoch, a row of panels a setting, a line a variant."""
+    from figures import mpl, plot, plt
 
-    mpl.use("Agg")
     mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "spalign"})  # text stays text, ids stay the same
-    from matplotlib import pyplot as plt
-
-    records = read_records(folder, name)
+    stage, records = STAGES[name], read_records(folder, name)
+    if not records:
+        raise SystemExit(f"{records_path(folder, name)} holds no finished run; train first: evidence.py run {name}")
     labels = {
         "accuracy": f"{records[0]['evaluated_on']} accuracy (%)",
         "train_accuracy": "training accuracy (%)",
         "alignment": "alignment (mean cosine)",
     }
-    drawing, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
-    for axis, (key, label) in zip(axes, labels.items(), strict=True):
-        for variant in STAGES[name].variants:
-            curves = np.array([r["curves"][key] for r in records if r["variant"] == variant])
-            if not len(curves):
-                continue
-            epochs, mean, spread = np.arange(1, curves.shape[1] + 1), curves.mean(0), curves.std(0, ddof=1)
-            (line,) = axis.plot(epochs, mean, label=variant, linewidth=1.4)
-            axis.fill_between(epochs, mean - spread, mean + spread, color=line.get_color(), alpha=0.15, linewidth=0)
-        axis.set(xlabel="epoch", ylabel=label)
-        axis.grid(alpha=0.3)
-    axes[0].legend(loc="lower right", fontsize="small")
+    rows = len(stage.settings)
+    drawing, axes = plt.subplots(rows, 3, figsize=(12, 3.6 * rows), layout="constrained", squeeze=False)
+    for row, setting in zip(axes, stage.settings, strict=True):
+        for axis, (key, label) in zip(row, labels.items(), strict=True):
+            for variant in stage.variants:
+                same = [r["curves"][key] for r in records if (r["setting"], r["variant"]) == (setting, variant)]
+                if same:
+                    plot(axis, np.arange(1, len(same[0]) + 1), np.array(same), label=variant)
+            axis.set(xlabel="epoch", ylabel=label, title=setting if rows > 1 else "")
+            axis.grid(alpha=0.3)
+    axes[0, 0].legend(loc="lower right", fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     drawing.savefig(path, metadata={"Date": None})
+    plt.close(drawing)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
