@@ -120,7 +120,7 @@ def plot(axis: Any, epochs: np.ndarray, values_SE: np.ndarray, **how: Any) -> No
 
 def draw_curves(named: dict[str, list[Path]]) -> Any:
     """Draw accuracy and alignment by epoch, a line a name, and print the last values."""
-    panels = {"accuracy/all": "test accuracy (%)", "alignment/all": "alignment (mean cosine)"}
+    panels = {"accuracy/all": "accuracy (%)", "alignment/all": "alignment (mean cosine)"}
     curves = {name: curves_of(folders, list(panels)) for name, folders in named.items()}
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for axis, (name_of_measure, label) in zip(axes, panels.items(), strict=True):

@@ -48,6 +48,7 @@ def test_the_table_has_mean_and_deviation_of_the_last_epoch(tmp_path: Path, caps
     assert rows["with = in it"] == ["40.00", "0.100", "1"]
     text = output.read_text()
     assert ">CE<" in text
+    assert "test accuracy" not in text  # the records of a run with a validation set are of that
     assert "<dc:date>" not in text
     assert figures.main(["groups", f"CE={a}", f"CE={b}", "--output", str(tmp_path / "groups.png")]) == 0
     assert (tmp_path / "groups.png").read_bytes().startswith(b"\x89PNG")
