@@ -189,9 +189,9 @@ class ClassMeanTracker(nn.Module):
             features: (N, D) or, for dense prediction, (N, D, ...); any float dtype.
             targets: (N,) or (N, ...) integer class indices, or (N, C) or (N, C, ...) float soft labels. Of a soft
                 label each row's floor is ignored, so smoothing changes nothing; mixed samples count for each of their
-                classes by weight. With momentum a class moves as far for a weight of 0.1 in the batch as for 100
-                samples, so the softmax of a teacher lets other classes wash over those absent from a batch: pass the
-                hard labels in distillation.
+                classes by weight (where C is 2 for the heavier alone, as the lighter is the floor). With momentum a
+                class moves as far for a weight of 0.1 in the batch as for 100 samples, so the softmax of a teacher lets
+                other classes wash over those absent from a batch: pass the hard labels in distillation.
 
         Rows with a non-finite value, or too long for their squared length to be finite, and samples labelled
         ``ignore_index`` change nothing. So do labels outside [0, C) on accelerators, where checking them would wait for
