@@ -303,46 +303,33 @@ def update_class_means_(
         >>> mean.tolist(), weight.tolist()
         ([[0.0], [3.0]], [0.0, 3.0])
     """
-    return _absorb_batch_(
-        mean_CD,
-        weight_C,
-        features,
-        targets,
-        momentum=momentum,
-        ignore_index=ignore_index,
-        mean_sum_D=mean_sum_D,
-    )
+    return _absorb_batch_(mean_CD, weight_C, mean_sum_D, features, targets, momentum, ignore_index)
 
 
 def _absorb_batch_(
     mean_CD: Tensor,
     weight_C: Tensor,
+    mean_sum_D: Tensor | None,
     features: Tensor,
     targets: Tensor,
-    *,
     momentum: float | None,
     ignore_index: int,
-    mean_sum_D: Tensor | None,
     usable: bool | None = None,
 ) -> BatchShare:
-    """:func:`update_class_means_`.
-
-    ``usable`` says whether all targets are labels in [0, C) and none to be ignored, if that is known.
-    """
+    """:func:`update_class_means_`; ``usable`` says whether all targets are labels to take in, if that is known."""
     if torch.compiler.is_compiling():
         mean_sum_D = mean_CD.new_zeros(mean_CD.shape[1]) if mean_sum_D is None else mean_sum_D
         arguments = (mean_CD, weight_C, mean_sum_D, features.detach(), targets.detach(), momentum, ignore_index)
         return BatchShare.of_outputs(*_opaque_update(*arguments))
-    num_classes = len(mean_CD)
+    state, num_classes = (mean_CD, weight_C, mean_sum_D), len(mean_CD)
     if host.can_read(features):
         if usable is None:
             usable = host.all_usable(targets, num_classes, ignore_index)
         if usable:
             labels_N = targets.long()
-            rate_N = host.update_class_means_(mean_CD, weight_C, mean_sum_D, features, labels_N, momentum)
+            rate_N = host.update_class_means_(*state, features, labels_N, momentum)
             if rate_N is not None:
                 return BatchShare(rate_N, labels_N)
-    state = mean_CD, weight_C, mean_sum_D
     if kernels.can_update(*state, features, targets):
         return BatchShare(*kernels.update_class_means_(*state, features, targets, momentum, ignore_index))
     with torch.no_grad():
@@ -378,16 +365,7 @@ def _opaque_update(
     Written out, a compiled training step may recompute in backward what the loss read of the state, from buffers that
     the update has changed by then: silently wrong gradients.
     """
-    share = _absorb_batch_(
-        mean,
-        weight,
-        features,
-        targets,
-        momentum=momentum,
-        ignore_index=ignore_index,
-        mean_sum_D=mean_sum,
-    )
-    return share.outputs()
+    return _absorb_batch_(mean, weight, mean_sum, features, targets, momentum, ignore_index).outputs()
 
 
 def _empty_outputs(
