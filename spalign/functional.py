@@ -119,10 +119,6 @@ def _is_finite(x: Tensor) -> Tensor:
     return difference == difference
 
 
-def _zero_non_finite_(x: Tensor) -> Tensor:
-    return x.nan_to_num_(0.0, 0.0, 0.0)
-
-
 def _parse_batch(features: Tensor, targets: Tensor, num_classes: int, ignore_index: int, dtype: torch.dtype) -> _Batch:
     h_ND = features.to(dtype)
     # Finite exactly where every entry is, unless it overflows: nothing could be aligned to such a row, and within this
@@ -143,7 +139,7 @@ def _parse_batch(features: Tensor, targets: Tensor, num_classes: int, ignore_ind
     excess_N = excess_NC.sum(1)
     usable_N = torch.isfinite(total_N * total_N * squared_N) & (total_N > 0) & (excess_N > 1e-6 * total_N)
     scale_N = torch.where(usable_N, total_N / torch.where(usable_N, excess_N, 1.0), 0.0)
-    weight_NC = _zero_non_finite_(excess_NC) * scale_N.unsqueeze(1)
+    weight_NC = excess_NC.nan_to_num_(0.0, 0.0, 0.0) * scale_N.unsqueeze(1)
     # What a softmax leaves of a hopeless class is too little to divide by.
     least = torch.finfo(dtype).tiny / torch.finfo(dtype).eps
     return _Batch(h_ND, weight_NC.masked_fill_(weight_NC < least, 0.0), None)
@@ -252,8 +248,7 @@ def _update_from_rows_(
     before_ND, row_ND = mean_CD.new_empty(2, *batch.h.shape).unbind()
     torch.index_select(mean_CD, 0, labels_N, out=before_ND)
     torch.sub(batch.h, before_ND, out=row_ND)
-    _zero_non_finite_(row_ND)
-    row_ND.mul_(rate_N.unsqueeze(1))
+    row_ND.nan_to_num_(0.0, 0.0, 0.0).mul_(rate_N.unsqueeze(1))
     if same_bits and mean_CD.device.type != "cpu":
         mean_CD.index_put_((labels_N,), row_ND, accumulate=True)  # sorts, where index_add_ would race
     else:
@@ -685,8 +680,7 @@ def alignment_loss(
             f"features of shape {tuple(features.shape)} came without a share, expected both, or no gradient would "
             "reach them; pass share=, what update_class_means_ returned for them"
         )
-    by_features = features is not None and share is not None and features.requires_grad
-    moved_by = share if by_features else None
+    moved_by = share if features is not None and features.requires_grad else None
     terms = None
     # Compiled, the general form is one pass over the rows as well.
     if center_D is not None and not torch.compiler.is_compiling():
@@ -696,12 +690,9 @@ def alignment_loss(
             terms = host.alignment_terms(weight_CD, mean_CD, seen_C, center_D, rate, labels_N, by_weight=by_weight)
         elif kernels.can_align(weight_CD, mean_CD, seen_C, center_D):
             return _loss_by_kernels(weight_CD, mean_CD, seen_C, center_D, features, share)
-    if terms is None:
-        loss, *grads = _alignment_terms(weight_CD, mean_CD, seen_C, center_D, moved_by)
-    else:
-        loss, *grads = *terms, None
+    loss, *grads = terms or _alignment_terms(weight_CD, mean_CD, seen_C, center_D, moved_by)
     inputs_and_grads: list[Tensor] = []
-    for leaf, grad in zip((weight_CD, features, mean_CD), grads, strict=True):
+    for leaf, grad in zip((weight_CD, features, mean_CD), grads, strict=False):  # the host's are not by the means
         if leaf is not None and grad is not None:
             inputs_and_grads += (leaf, grad)
     if inputs_and_grads and torch.is_grad_enabled():
@@ -992,30 +983,21 @@ def _project(
             out, grad_CD, weight_CD, mean_CD, seen_C, center_D, gamma=gamma, paper=paper, of_state=of_state
         )
         return out
-    projected_CD = _project_rows(grad_CD, weight_CD, mean_CD, seen_C, center_D, gamma=gamma, radial=radial)
+    with torch.no_grad():
+        rows_across = _rows_across(weight_CD, mean_CD, seen_C, center_D)
+        projected_CD = _project_rows(grad_CD, *rows_across, gamma=gamma, radial=radial)
     return projected_CD if out is None else out.copy_(projected_CD)
 
 
-def _project_rows(
-    grad_CD: Tensor,
-    weight_CD: Tensor,
-    mean_CD: Tensor,
-    seen_C: Tensor,
-    center_D: Tensor | None,
-    *,
-    gamma: float,
-    radial: Radial,
-) -> Tensor:
-    with torch.no_grad():
-        rows, across = _rows_across(weight_CD, mean_CD, seen_C, center_D)
-        g_CD, aa_C = grad_CD.to(rows.w.dtype), across.squared
-        undefined_C = _row_mask(aa_C * rows.inv_d * rows.inv_d <= (16 * torch.finfo(aa_C.dtype).eps) ** 2)
-        p_C = (_dots(g_CD, across.vector) / aa_C).clamp_(min=0.0).masked_fill_(undefined_C, 0.0)
-        # g - (1 - gamma) (p across + along w), with across = d - k w written out: one pass less over the rows.
-        by_w_C = -p_C * across.k
-        if radial == "paper":
-            along_C = _dots(g_CD, rows.w) * rows.inv_w * rows.inv_w
-            by_w_C = by_w_C + along_C.masked_fill_(~_row_mask(rows.valid), 0.0)
-        projected_CD = torch.addcmul(g_CD, rows.d, _column(p_C), value=gamma - 1.0)
-        projected_CD = torch.addcmul(projected_CD, rows.w, _column(by_w_C), value=gamma - 1.0)
-        return projected_CD.to(grad_CD.dtype)
+def _project_rows(grad_CD: Tensor, rows: _Rows, across: _Across, *, gamma: float, radial: Radial) -> Tensor:
+    g_CD, aa_C = grad_CD.to(rows.w.dtype), across.squared
+    undefined_C = _row_mask(aa_C * rows.inv_d * rows.inv_d <= (16 * torch.finfo(aa_C.dtype).eps) ** 2)
+    p_C = (_dots(g_CD, across.vector) / aa_C).clamp_(min=0.0).masked_fill_(undefined_C, 0.0)
+    # g - (1 - gamma) (p across + along w), with across = d - k w written out: one pass less over the rows.
+    by_w_C = -p_C * across.k
+    if radial == "paper":
+        along_C = _dots(g_CD, rows.w) * rows.inv_w * rows.inv_w
+        by_w_C = by_w_C + along_C.masked_fill_(~_row_mask(rows.valid), 0.0)
+    projected_CD = torch.addcmul(g_CD, rows.d, _column(p_C), value=gamma - 1.0)
+    projected_CD = torch.addcmul(projected_CD, rows.w, _column(by_w_C), value=gamma - 1.0)
+    return projected_CD.to(grad_CD.dtype)
