@@ -101,6 +101,11 @@ def _is_number_in(value: object, low: float, high: float) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and low <= float(value) <= high
 
 
+def _is_count(value: object, least: int) -> bool:
+    """Return whether ``value`` is an integer of at least ``least``, and not a bool."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
 def _math_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
@@ -957,7 +962,7 @@ def project_gradient(
     """
     if radial not in ("paper", "keep"):
         raise ValueError(f"radial is {radial!r}, expected 'paper' (Eq. 20) or 'keep'")
-    return _project(grad_CD, weight_CD, mean_CD, seen_C, center_D, gamma=gamma, radial=radial)
+    return _project(grad_CD, weight_CD, mean_CD, seen_C, center_D, gamma, radial)
 
 
 def _project(
@@ -966,7 +971,6 @@ def _project(
     mean_CD: Tensor,
     seen_C: Tensor,
     center_D: Tensor | None,
-    *,
     gamma: float,
     radial: Radial,
     out: Tensor | None = None,

@@ -244,16 +244,9 @@ class SpAProj(Optimizer):
             alignable_C = self.classifier.localize(alignable_C.unsqueeze(1))[:, 0]
         # In place: CUDA graphs and DDP's buckets know the gradient by its address (pitfall A17).
         in_place = by_rows and not uphill and not direction.grad.is_sparse
+        out = grad_CD if in_place else None
         projected_CD = functional._project(
-            grad_CD,
-            weight_CD,
-            mean_CD,
-            alignable_C,
-            center_D,
-            gamma=self.gamma,
-            radial=self.radial,
-            out=grad_CD if in_place else None,
-            of_state=of_state,
+            grad_CD, weight_CD, mean_CD, alignable_C, center_D, self.gamma, self.radial, out, of_state
         )
         if uphill:
             projected_CD = projected_CD.neg_()

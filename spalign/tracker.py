@@ -92,11 +92,9 @@ class ClassMeanTracker(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in (("num_classes", num_classes), ("feature_dim", feature_dim)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if not functional._is_count(value, 1):
                 raise ValueError(f"{name} is {value!r}, expected a positive integer; read it off the classifier weight")
-        if batch_size is not None and (
-            isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1
-        ):
+        if batch_size is not None and not functional._is_count(batch_size, 1):
             raise ValueError(
                 f"batch_size is {batch_size!r}, expected a positive integer, the most samples that a rank takes in at "
                 "once, or None"
