@@ -1,11 +1,9 @@
 """Get at a model's features where its forward pass returns logits alone."""
 
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from spalign.classifier import Classifier, ClassifierLike
 
@@ -94,12 +92,6 @@ class FeatureCapture:
         """Stop recording and release what is held."""
         self._handle.remove()
         self._pending.clear()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        copied = type(self).__new__(type(self))
-        memo[id(self)] = copied
-        copied.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
-        return copied
 
     def __getstate__(self) -> dict[str, Any]:
         # What is pending belongs to a graph, which can be neither copied nor pickled.

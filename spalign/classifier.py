@@ -12,7 +12,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _WeightNorm
 
-from spalign.distributed import full_tensor, is_sharded, reshard_owner, shard_like, to_local
+from spalign.distributed import full_tensor, reshard_owner, shard_like, to_local
 
 __all__ = ["Classifier", "ClassifierLike"]
 
@@ -194,27 +194,19 @@ class Classifier:
 
     def localize(self, x: Tensor) -> Tensor:
         """Cut (C, D) or (C, 1) values that every rank holds to the rows of this rank's shard of the weight."""
-        if not is_sharded(self._stored()):
-            return x
         return self.as_rows(to_local(shard_like(self.as_stored(x), self._stored())))
 
     def same_weight(self, other: "Classifier") -> bool:
         """Return whether both stand for one weight."""
         return self._stored() is other._stored()
 
-    def leaves(self) -> Leaves:
-        """Return the tensors whose gradients turn and stretch the rows.
+    def leaves(self, *, to_write: bool = False) -> Leaves:
+        """Return the tensors whose gradients turn and stretch the rows, or those to write rows into.
 
         Raises:
             ValueError: the weight has a parametrization other than weight norm with one norm per class, or is computed
                 in each forward pass.
         """
-        leaves = self._leaves()
-        if leaves.magnitude is None:
-            self._require_own("projected", as_leaf=True)
-        return leaves
-
-    def _leaves(self) -> Leaves:
         normed = self._weight_norm()
         if normed is None:
             if self._parametrized():
@@ -224,6 +216,7 @@ class Classifier:
                     "not act on rows; use SpARegLoss, or spalign.functional.project_gradient where you hold a row "
                     "gradient"
                 )
+            self._require_own("rotated" if to_write else "projected", as_leaf=not to_write)
             return Leaves(self._present(self._weight()), None)
         direction, magnitude, dim = normed
         if dim != self.class_dim:
@@ -248,8 +241,7 @@ class Classifier:
         if self._weight_norm() is None and self._parametrized():
             setattr(self.module, self.weight_name, self.as_stored(new_CD))
             return
-        self._require_own("rotated")
-        leaves = self._leaves()
+        leaves = self.leaves(to_write=True)
         direction, magnitude = leaves
         stored = self.as_stored(new_CD)
         if magnitude is not None:

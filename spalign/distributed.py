@@ -119,7 +119,6 @@ def absorb_batch_(
     mean_sum_D: Tensor,
     features: Tensor,
     targets: Tensor,
-    *,
     momentum: float | None,
     ignore_index: int,
     exchange: Exchange,
@@ -130,42 +129,26 @@ def absorb_batch_(
     bits from what comes out (C1, C2, B8). The share is multiplied by R: gradients of a loss that every rank computes in
     full are averaged over the ranks, but each rank's features exist on that rank alone (C3).
     """
-    arguments = (mean_CD, weight_C, mean_sum_D, features.detach(), targets.detach(), momentum, ignore_index, *exchange)
+    features, targets = features.detach(), targets.detach()
     if torch.compiler.is_compiling():
+        arguments = (mean_CD, weight_C, mean_sum_D, features, targets, momentum, ignore_index, *exchange)
         return BatchShare.of_outputs(*_opaque_absorb(*arguments))
-    return _absorb_(*arguments)
-
-
-@torch.no_grad()
-def _absorb_(
-    mean_CD: Tensor,
-    weight_C: Tensor,
-    mean_sum_D: Tensor,
-    features: Tensor,
-    targets: Tensor,
-    momentum: float | None,
-    ignore_index: int,
-    group: str,
-    rows: int,
-    dtype: torch.dtype,
-) -> BatchShare:
-    exchange = Exchange(group, rows, dtype)
-    ranks = dist.get_world_size(exchange.process_group)
-    num_classes = len(mean_CD)
-    batch = functional._parse_batch(features, targets, num_classes, ignore_index, mean_CD.dtype)
-    if rows and batch.labels is not None:
-        labels_N = torch.where(batch.weight > 0, batch.labels, -1)
-        h_ND, labels_N = _gather_batch(batch.h.to(dtype), labels_N, exchange)
-        whole = functional._parse_batch(h_ND, labels_N, num_classes, -1, mean_CD.dtype)
-        assert whole.labels is not None
-        rate_N = functional._update_from_rows_(
-            mean_CD, weight_C, whole, whole.labels, momentum, mean_sum_D, same_bits=True
-        )
-        first = dist.get_rank(exchange.process_group) * rows
-        return BatchShare(rate_N[first : first + len(features)] * ranks, batch.labels)
-    sum_CD, batch_weight_C = _all_reduce_statistics(*functional._batch_statistics(batch, num_classes), exchange)
-    rate_C = functional._update_from_statistics_(mean_CD, weight_C, sum_CD, batch_weight_C, momentum, mean_sum_D)
-    return functional._share_of_rates(batch, rate_C * ranks)
+    with torch.no_grad():
+        num_classes, ranks = len(mean_CD), dist.get_world_size(exchange.process_group)
+        batch = functional._parse_batch(features, targets, num_classes, ignore_index, mean_CD.dtype)
+        if exchange.rows and batch.labels is not None:
+            labels_N = torch.where(batch.weight > 0, batch.labels, -1)
+            h_ND, labels_N = _gather_batch(batch.h.to(exchange.dtype), labels_N, exchange)
+            whole = functional._parse_batch(h_ND, labels_N, num_classes, -1, mean_CD.dtype)
+            assert whole.labels is not None
+            rate_N = functional._update_from_rows_(
+                mean_CD, weight_C, whole, whole.labels, momentum, mean_sum_D, same_bits=True
+            )
+            first = dist.get_rank(exchange.process_group) * exchange.rows
+            return BatchShare(rate_N[first : first + len(features)] * ranks, batch.labels)
+        sum_CD, batch_weight_C = _all_reduce_statistics(*functional._batch_statistics(batch, num_classes), exchange)
+        rate_C = functional._update_from_statistics_(mean_CD, weight_C, sum_CD, batch_weight_C, momentum, mean_sum_D)
+        return functional._share_of_rates(batch, rate_C * ranks)
 
 
 def _all_reduce_statistics(sum_CD: Tensor, weight_C: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
@@ -206,7 +189,8 @@ def _opaque_absorb(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """The update as one node of a compiled graph, for the reason given at :func:`spalign.functional._opaque_update`."""
-    return _absorb_(mean, weight, mean_sum, features, targets, momentum, ignore_index, group, rows, dtype).outputs()
+    exchange = Exchange(group, rows, dtype)
+    return absorb_batch_(mean, weight, mean_sum, features, targets, momentum, ignore_index, exchange).outputs()
 
 
 _opaque_absorb.register_fake(functional._empty_outputs)

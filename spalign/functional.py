@@ -101,6 +101,11 @@ def _is_number_in(value: object, low: float, high: float) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and low <= float(value) <= high
 
 
+def _is_count(value: object, least: int) -> bool:
+    """Return whether ``value`` is an integer of at least ``least``, and not a bool."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
 def _math_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
@@ -117,10 +122,6 @@ def _is_finite(x: Tensor) -> Tensor:
     """:func:`torch.isfinite` in half its operations: inf - inf is nan, and nan is not itself."""
     difference = x - x
     return difference == difference
-
-
-def _zero_non_finite_(x: Tensor) -> Tensor:
-    return x.nan_to_num_(0.0, 0.0, 0.0)
 
 
 def _parse_batch(features: Tensor, targets: Tensor, num_classes: int, ignore_index: int, dtype: torch.dtype) -> _Batch:
@@ -143,7 +144,7 @@ def _parse_batch(features: Tensor, targets: Tensor, num_classes: int, ignore_ind
     excess_N = excess_NC.sum(1)
     usable_N = torch.isfinite(total_N * total_N * squared_N) & (total_N > 0) & (excess_N > 1e-6 * total_N)
     scale_N = torch.where(usable_N, total_N / torch.where(usable_N, excess_N, 1.0), 0.0)
-    weight_NC = _zero_non_finite_(excess_NC) * scale_N.unsqueeze(1)
+    weight_NC = excess_NC.nan_to_num_(0.0, 0.0, 0.0) * scale_N.unsqueeze(1)
     # What a softmax leaves of a hopeless class is too little to divide by.
     least = torch.finfo(dtype).tiny / torch.finfo(dtype).eps
     return _Batch(h_ND, weight_NC.masked_fill_(weight_NC < least, 0.0), None)
@@ -252,8 +253,7 @@ def _update_from_rows_(
     before_ND, row_ND = mean_CD.new_empty(2, *batch.h.shape).unbind()
     torch.index_select(mean_CD, 0, labels_N, out=before_ND)
     torch.sub(batch.h, before_ND, out=row_ND)
-    _zero_non_finite_(row_ND)
-    row_ND.mul_(rate_N.unsqueeze(1))
+    row_ND.nan_to_num_(0.0, 0.0, 0.0).mul_(rate_N.unsqueeze(1))
     if same_bits and mean_CD.device.type != "cpu":
         mean_CD.index_put_((labels_N,), row_ND, accumulate=True)  # sorts, where index_add_ would race
     else:
@@ -303,46 +303,33 @@ def update_class_means_(
         >>> mean.tolist(), weight.tolist()
         ([[0.0], [3.0]], [0.0, 3.0])
     """
-    return _absorb_batch_(
-        mean_CD,
-        weight_C,
-        features,
-        targets,
-        momentum=momentum,
-        ignore_index=ignore_index,
-        mean_sum_D=mean_sum_D,
-    )
+    return _absorb_batch_(mean_CD, weight_C, mean_sum_D, features, targets, momentum, ignore_index)
 
 
 def _absorb_batch_(
     mean_CD: Tensor,
     weight_C: Tensor,
+    mean_sum_D: Tensor | None,
     features: Tensor,
     targets: Tensor,
-    *,
     momentum: float | None,
     ignore_index: int,
-    mean_sum_D: Tensor | None,
     usable: bool | None = None,
 ) -> BatchShare:
-    """:func:`update_class_means_`.
-
-    ``usable`` says whether all targets are labels in [0, C) and none to be ignored, if that is known.
-    """
+    """:func:`update_class_means_`; ``usable`` says whether all targets are labels to take in, if that is known."""
     if torch.compiler.is_compiling():
         mean_sum_D = mean_CD.new_zeros(mean_CD.shape[1]) if mean_sum_D is None else mean_sum_D
         arguments = (mean_CD, weight_C, mean_sum_D, features.detach(), targets.detach(), momentum, ignore_index)
         return BatchShare.of_outputs(*_opaque_update(*arguments))
-    num_classes = len(mean_CD)
+    state, num_classes = (mean_CD, weight_C, mean_sum_D), len(mean_CD)
     if host.can_read(features):
         if usable is None:
             usable = host.all_usable(targets, num_classes, ignore_index)
         if usable:
             labels_N = targets.long()
-            rate_N = host.update_class_means_(mean_CD, weight_C, mean_sum_D, features, labels_N, momentum)
+            rate_N = host.update_class_means_(*state, features, labels_N, momentum)
             if rate_N is not None:
                 return BatchShare(rate_N, labels_N)
-    state = mean_CD, weight_C, mean_sum_D
     if kernels.can_update(*state, features, targets):
         return BatchShare(*kernels.update_class_means_(*state, features, targets, momentum, ignore_index))
     with torch.no_grad():
@@ -378,16 +365,7 @@ def _opaque_update(
     Written out, a compiled training step may recompute in backward what the loss read of the state, from buffers that
     the update has changed by then: silently wrong gradients.
     """
-    share = _absorb_batch_(
-        mean,
-        weight,
-        features,
-        targets,
-        momentum=momentum,
-        ignore_index=ignore_index,
-        mean_sum_D=mean_sum,
-    )
-    return share.outputs()
+    return _absorb_batch_(mean, weight, mean_sum, features, targets, momentum, ignore_index).outputs()
 
 
 def _empty_outputs(
@@ -707,8 +685,7 @@ def alignment_loss(
             f"features of shape {tuple(features.shape)} came without a share, expected both, or no gradient would "
             "reach them; pass share=, what update_class_means_ returned for them"
         )
-    by_features = features is not None and share is not None and features.requires_grad
-    moved_by = share if by_features else None
+    moved_by = share if features is not None and features.requires_grad else None
     terms = None
     # Compiled, the general form is one pass over the rows as well.
     if center_D is not None and not torch.compiler.is_compiling():
@@ -718,12 +695,9 @@ def alignment_loss(
             terms = host.alignment_terms(weight_CD, mean_CD, seen_C, center_D, rate, labels_N, by_weight=by_weight)
         elif kernels.can_align(weight_CD, mean_CD, seen_C, center_D):
             return _loss_by_kernels(weight_CD, mean_CD, seen_C, center_D, features, share)
-    if terms is None:
-        loss, *grads = _alignment_terms(weight_CD, mean_CD, seen_C, center_D, moved_by)
-    else:
-        loss, *grads = *terms, None
+    loss, *grads = terms or _alignment_terms(weight_CD, mean_CD, seen_C, center_D, moved_by)
     inputs_and_grads: list[Tensor] = []
-    for leaf, grad in zip((weight_CD, features, mean_CD), grads, strict=True):
+    for leaf, grad in zip((weight_CD, features, mean_CD), grads, strict=False):  # the host's are not by the means
         if leaf is not None and grad is not None:
             inputs_and_grads += (leaf, grad)
     if inputs_and_grads and torch.is_grad_enabled():
@@ -988,7 +962,7 @@ def project_gradient(
     """
     if radial not in ("paper", "keep"):
         raise ValueError(f"radial is {radial!r}, expected 'paper' (Eq. 20) or 'keep'")
-    return _project(grad_CD, weight_CD, mean_CD, seen_C, center_D, gamma=gamma, radial=radial)
+    return _project(grad_CD, weight_CD, mean_CD, seen_C, center_D, gamma, radial)
 
 
 def _project(
@@ -997,7 +971,6 @@ def _project(
     mean_CD: Tensor,
     seen_C: Tensor,
     center_D: Tensor | None,
-    *,
     gamma: float,
     radial: Radial,
     out: Tensor | None = None,
@@ -1014,30 +987,21 @@ def _project(
             out, grad_CD, weight_CD, mean_CD, seen_C, center_D, gamma=gamma, paper=paper, of_state=of_state
         )
         return out
-    projected_CD = _project_rows(grad_CD, weight_CD, mean_CD, seen_C, center_D, gamma=gamma, radial=radial)
+    with torch.no_grad():
+        rows_across = _rows_across(weight_CD, mean_CD, seen_C, center_D)
+        projected_CD = _project_rows(grad_CD, *rows_across, gamma=gamma, radial=radial)
     return projected_CD if out is None else out.copy_(projected_CD)
 
 
-def _project_rows(
-    grad_CD: Tensor,
-    weight_CD: Tensor,
-    mean_CD: Tensor,
-    seen_C: Tensor,
-    center_D: Tensor | None,
-    *,
-    gamma: float,
-    radial: Radial,
-) -> Tensor:
-    with torch.no_grad():
-        rows, across = _rows_across(weight_CD, mean_CD, seen_C, center_D)
-        g_CD, aa_C = grad_CD.to(rows.w.dtype), across.squared
-        undefined_C = _row_mask(aa_C * rows.inv_d * rows.inv_d <= (16 * torch.finfo(aa_C.dtype).eps) ** 2)
-        p_C = (_dots(g_CD, across.vector) / aa_C).clamp_(min=0.0).masked_fill_(undefined_C, 0.0)
-        # g - (1 - gamma) (p across + along w), with across = d - k w written out: one pass less over the rows.
-        by_w_C = -p_C * across.k
-        if radial == "paper":
-            along_C = _dots(g_CD, rows.w) * rows.inv_w * rows.inv_w
-            by_w_C = by_w_C + along_C.masked_fill_(~_row_mask(rows.valid), 0.0)
-        projected_CD = torch.addcmul(g_CD, rows.d, _column(p_C), value=gamma - 1.0)
-        projected_CD = torch.addcmul(projected_CD, rows.w, _column(by_w_C), value=gamma - 1.0)
-        return projected_CD.to(grad_CD.dtype)
+def _project_rows(grad_CD: Tensor, rows: _Rows, across: _Across, *, gamma: float, radial: Radial) -> Tensor:
+    g_CD, aa_C = grad_CD.to(rows.w.dtype), across.squared
+    undefined_C = _row_mask(aa_C * rows.inv_d * rows.inv_d <= (16 * torch.finfo(aa_C.dtype).eps) ** 2)
+    p_C = (_dots(g_CD, across.vector) / aa_C).clamp_(min=0.0).masked_fill_(undefined_C, 0.0)
+    # g - (1 - gamma) (p across + along w), with across = d - k w written out: one pass less over the rows.
+    by_w_C = -p_C * across.k
+    if radial == "paper":
+        along_C = _dots(g_CD, rows.w) * rows.inv_w * rows.inv_w
+        by_w_C = by_w_C + along_C.masked_fill_(~_row_mask(rows.valid), 0.0)
+    projected_CD = torch.addcmul(g_CD, rows.d, _column(p_C), value=gamma - 1.0)
+    projected_CD = torch.addcmul(projected_CD, rows.w, _column(by_w_C), value=gamma - 1.0)
+    return projected_CD.to(grad_CD.dtype)

@@ -152,7 +152,6 @@ class SpAProj(Optimizer):
         self.tracker = tracker
         self.gamma = float(gamma)
         self.radial: Radial = radial
-        self._handles: list[RemovableHandle] = []
         self._attach()
 
     def _attach(self) -> None:
@@ -160,7 +159,7 @@ class SpAProj(Optimizer):
         self._held: Tensor | None = None
         self._done: tuple[weakref.ref[Tensor], int] | None = None
         self._nests = _steps_may_nest(optimizer)
-        self._handles = [optimizer.register_step_pre_hook(self._before_step)]
+        self._handles: list[RemovableHandle] = [optimizer.register_step_pre_hook(self._before_step)]
         if self._nests:
             self._handles.append(optimizer.register_step_post_hook(self._after_step))
 
@@ -175,15 +174,13 @@ class SpAProj(Optimizer):
         position = 1 if args and args[0] is optimizer else 0
         closure = kwargs["closure"] if "closure" in kwargs else args[position] if len(args) > position else None
         if closure is None:
-            if not self._is_done():
-                self._project(optimizer)
+            self._project(optimizer)
             return None
 
         def projected_closure() -> Any:
             with torch.enable_grad():
                 loss = closure()
-            if not self._is_done():
-                self._project(optimizer)
+            self._project(optimizer)
             return loss
 
         if "closure" in kwargs:
@@ -203,6 +200,8 @@ class SpAProj(Optimizer):
 
     @torch.no_grad()
     def _project(self, optimizer: Optimizer) -> None:
+        if self._is_done():
+            return
         leaves = self.classifier.leaves()
         if leaves.direction.grad is None:
             self.classifier.reshard()  # gathered parameters hold no gradient
@@ -245,16 +244,9 @@ class SpAProj(Optimizer):
             alignable_C = self.classifier.localize(alignable_C.unsqueeze(1))[:, 0]
         # In place: CUDA graphs and DDP's buckets know the gradient by its address (pitfall A17).
         in_place = by_rows and not uphill and not direction.grad.is_sparse
+        out = grad_CD if in_place else None
         projected_CD = functional._project(
-            grad_CD,
-            weight_CD,
-            mean_CD,
-            alignable_C,
-            center_D,
-            gamma=self.gamma,
-            radial=self.radial,
-            out=grad_CD if in_place else None,
-            of_state=of_state,
+            grad_CD, weight_CD, mean_CD, alignable_C, center_D, self.gamma, self.radial, out, of_state
         )
         if uphill:
             projected_CD = projected_CD.neg_()
@@ -264,7 +256,7 @@ class SpAProj(Optimizer):
         elif not by_rows:
             direction.grad.copy_(distributed.shard_like(self.classifier.as_stored(projected_CD), direction.grad))
         elif not in_place:
-            self.classifier.as_rows(part(direction.grad)).copy_(projected_CD)
+            grad.copy_(self.classifier.as_stored(projected_CD))
         if magnitude is not None and magnitude.grad is not None and self.radial == "paper":
             # Weight norm keeps the part of the gradient along the row in a leaf of its own.
             directed_C1 = self.tracker.directions().any(1, keepdim=True)

@@ -97,12 +97,7 @@ class SpARegLoss(nn.Module):
             )
         mean_CD, alignable_C, center_D = self.tracker._geometry()
         return functional.alignment_loss(
-            weight_CD,
-            mean_CD,
-            alignable_C,
-            center_D=center_D,
-            features=by_features,
-            share=share,
+            weight_CD, mean_CD, alignable_C, center_D=center_D, features=by_features, share=share
         )
 
     def extra_repr(self) -> str:

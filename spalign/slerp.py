@@ -118,13 +118,9 @@ class SpASlerp:
         weight_CD = self.classifier.rows()
         self.tracker._check_device("the classifier is", weight_CD)
         mean_CD, alignable_C, center_D = self.tracker._geometry()
+        alpha = functional.cosine_schedule(self.last_step + 1, self.total_steps, self.alpha_max)
         result = functional.slerp(
-            weight_CD,
-            mean_CD,
-            alignable_C,
-            alpha=functional.cosine_schedule(self.last_step + 1, self.total_steps, self.alpha_max),
-            threshold=self.threshold,
-            center_D=center_D,
+            weight_CD, mean_CD, alignable_C, alpha=alpha, threshold=self.threshold, center_D=center_D
         )
         self.classifier.write(result.weight, result.rotated)
         self.last_step += 1
@@ -140,8 +136,8 @@ class SpASlerp:
         Raises:
             ValueError: there is no such entry, or it is not a count.
         """
-        last_step = state_dict.get("last_step")
-        if isinstance(last_step, bool) or not isinstance(last_step, int) or last_step < 0:
+        last_step: Any = state_dict.get("last_step")
+        if not functional._is_count(last_step, 0):
             raise ValueError(
                 f"state_dict holds last_step = {last_step!r}, expected a count; load what state_dict() returned"
             )

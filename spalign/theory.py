@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-from spalign.functional import _is_number_in, _math_dtype, _no_autocast
+from spalign.functional import _is_count, _is_number_in, _math_dtype, _no_autocast
 
 __all__ = [
     "error_exponent",
@@ -32,7 +32,7 @@ __all__ = [
 
 
 def _check_count(name: str, value: int, least: int, fix: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if not _is_count(value, least):
         raise ValueError(f"{name} is {value!r}, expected an integer of at least {least}; {fix}")
 
 

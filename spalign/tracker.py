@@ -92,11 +92,9 @@ class ClassMeanTracker(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in (("num_classes", num_classes), ("feature_dim", feature_dim)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if not functional._is_count(value, 1):
                 raise ValueError(f"{name} is {value!r}, expected a positive integer; read it off the classifier weight")
-        if batch_size is not None and (
-            isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1
-        ):
+        if batch_size is not None and not functional._is_count(batch_size, 1):
             raise ValueError(
                 f"batch_size is {batch_size!r}, expected a positive integer, the most samples that a rank takes in at "
                 "once, or None"
@@ -315,6 +313,7 @@ class ClassMeanTracker(nn.Module):
         Without ``add_up``, the sum of the means may be left to the caller.
         """
         mean_CD, weight_C, mean_sum_D = self._state()
+        batch = features, targets, self.momentum, self.ignore_index
         ranks = distributed.world_size(self.process_group)
         if ranks > 1:
             self._check_fits(features)
@@ -325,26 +324,8 @@ class ClassMeanTracker(nn.Module):
                 batch_size=self.batch_size,
                 feature_dtype=self.feature_dtype,
             )
-            return distributed.absorb_batch_(
-                mean_CD,
-                weight_C,
-                mean_sum_D,
-                features,
-                targets,
-                momentum=self.momentum,
-                ignore_index=self.ignore_index,
-                exchange=exchange,
-            )
-        return functional._absorb_batch_(
-            mean_CD,
-            weight_C,
-            features,
-            targets,
-            momentum=self.momentum,
-            ignore_index=self.ignore_index,
-            mean_sum_D=mean_sum_D if add_up else None,
-            usable=usable,
-        )
+            return distributed.absorb_batch_(mean_CD, weight_C, mean_sum_D, *batch, exchange)
+        return functional._absorb_batch_(mean_CD, weight_C, mean_sum_D if add_up else None, *batch, usable)
 
     def _check_fits(self, features: Tensor) -> None:
         """Raise ValueError if a batch is not what was announced to the other ranks."""
@@ -390,8 +371,7 @@ class ClassMeanTracker(nn.Module):
                 f"features of shape {tuple(shape)}: class indices as integers (N, ...), soft labels as floats "
                 "(N, C, ...)" + ("; of pooled features pass features.flatten(1)" * pooled)
             )
-        state: Any = self._buffers  # which is faster than a module's attributes
-        device = state["mean"].device
+        device = self._state()[0].device
         if features.device != device or targets.device != device:
             self._check_device("features are", features)
             self._check_device("targets are", targets)

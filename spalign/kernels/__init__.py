@@ -174,12 +174,13 @@ def disagreement(device: torch.device) -> str:
         by_weight, by_features = pull_back(terms, factor, *moved_by, w_CD.dtype, h_ND.dtype)
         radial: functional.Radial = "paper" if paper else "keep"
         their_terms: Any = functional._alignment_terms(*rows, moved_by)
+        across = functional._rows_across(*rows)
         for name, own, theirs in (
             ("class means", state[0], expected[0]),
             ("weights", state[1], expected[1]),
             ("sum of the means", state[2], expected[2]),
             ("rates", share[0], functional._share_of_rates(batch, rates).rate),
-            ("projection", projected_CD, functional._project_rows(g_CD, *rows, gamma=0.4, radial=radial)),
+            ("projection", projected_CD, functional._project_rows(g_CD, *across, gamma=0.4, radial=radial)),
             ("loss", loss, their_terms[0]),
             ("gradient by the classifier", by_weight, 0.5 * their_terms[1]),
             ("gradient by the features", by_features, 0.5 * their_terms[2]),
