@@ -311,6 +311,29 @@ def test_an_interrupted_grid_ends_its_runs(tiny_job: Job) -> None:
     assert (got["failed"], got["attempts"]) == (f"exit code -{signal.SIGTERM.value}: no message", 1)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+def test_a_grid_that_is_told_to_end_ends_its_runs(tmp_path: Path) -> None:
+    """Or else they go on without it, and the next call finds their folders in use."""
+    run, pid = tmp_path / "run.py", tmp_path / "pid"
+    run.write_text(f"import os, time; open({str(pid)!r}, 'w').write(f'{{os.getpid()}}\\n'); time.sleep(600)")
+    script = (
+        "import runpy, sys; from pathlib import Path; from longtail import data, runner\n"
+        f"data.find_folder = lambda *_: None; runner.SCRIPT = Path({str(run)!r})\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    where = ["--records", str(tmp_path / "r.jsonl"), "--work-dir", str(tmp_path / "work"), "--options=--device=cpu"]
+    command = f"import sys; sys.argv[0] = 'reproduce.py'\n{script}"
+    grid_call = subprocess.Popen([sys.executable, "-c", command, "--preset", "small", *where], cwd=EXAMPLES)
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and not (pid.exists() and pid.read_text()):
+        time.sleep(0.02)
+    grid_call.terminate()
+    assert grid_call.wait() == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), signal.SIGKILL)
+    assert not (tmp_path / "r.jsonl").exists(), "what was told to end has not failed"
+
+
 def test_max_norm_needs_the_network_not_its_record(tmp_path: Path) -> None:
     records, notes = Records(tmp_path / "r.jsonl"), list[str]()
     records.add(record(cell("glmc")))
