@@ -203,6 +203,23 @@ def test_finished_runs_are_never_repeated_and_failed_ones_are(tmp_path: Path) ->
     assert third.started == []
 
 
+def test_what_another_call_finishes_meanwhile_is_not_repeated(tmp_path: Path) -> None:
+    records = Records(tmp_path / "r.jsonl")
+    engine: Any = Engine()
+    inner = engine.finished
+
+    def finished() -> Iterator[tuple[Cell, dict[str, Any]]]:
+        if len(engine.started) == 1:
+            records.add(record(cell("glmc")))
+        yield from inner()
+
+    engine.finished = finished
+    progress = run_grid([cell(), cell("glmc"), cell("glmc-maxnorm")], records, engine, note=quiet)
+    assert engine.started == [cell().name, cell("glmc-maxnorm").name]
+    assert progress.left == []
+    assert len(records.read()) == 3
+
+
 def test_max_norm_waits_for_its_first_stage(tmp_path: Path) -> None:
     todo = [cell("glmc-maxnorm"), cell("glmc")]
     engine: Any = Engine(slots=2)
