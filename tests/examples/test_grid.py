@@ -415,12 +415,15 @@ def test_runs_with_other_options_are_compared_pair_by_pair(tmp_path: Path, capsy
         here.add(record(cell("ce", seed=seed), accuracy, epochs=40, options={"amp": "bf16", "lr": 0.1}))
         there.add(record(cell("ce", seed=seed), 49.0, epochs=40, options={"amp": "off", "lr": 0.1}))
     there.add(record(cell("arb"), 60.0, epochs=40))  # in one of them alone
+    for records in (here, there):  # of a seed that is none of the grid's own three
+        records.add(record(cell("ce", "reg", seed=7), 51.0, epochs=40))
     argv = ["report", "--preset", "small", "--records", str(here.path), "--against", str(there.path)]
     assert reproduce.main(argv) == 0
     text = capsys.readouterr().out
     assert "--amp bf16 against off." in text
     # Differences 1, 3, 2: mean 2, deviation 1, and 4.303 of its third part's root.
     assert "| CE, cifar100, imbalance 100 | 3 | 51.0 ± 1.0 | 49.0 ± 0.0 | +2.0 ± 2.5 | +2.0 ± 2.5 |" in text
+    assert "| CE+SpAReg, cifar100, imbalance 100 | 1 | 51.0 |" in text
     assert "ARB" not in text
     for records in (here, there):  # of CIFAR-10's classes none is few-shot
         empty = record(Cell("cifar10", 100, "ce", "none", 0, "small"), 80.0, epochs=40)
@@ -824,7 +827,23 @@ def test_gains_only_compare_equal_seeds() -> None:
     records[1]["data_fingerprint"] = "another"
     text = table.markdown(records, "small")
     assert table.rows_of(records, "cifar100", 100, "small")[1].gain is None
-    assert "No gain of CE+SpAReg, seeds 0: epochs or training images are not the baseline's." in text
+    assert "No gain of CE+SpAReg, seeds 0: options or training images are not the baseline's." in text
+
+
+def test_gains_only_compare_runs_that_differ_in_their_strategy() -> None:
+    base = {"lr": 0.1, "compile": False, "spareg": 0.0, "momentum": 0.1}
+
+    def gain(of: Cell, **other: Any) -> table.Spread | None:
+        family = "glmc" if of.method == "glmc-maxnorm" else of.method
+        plain = record(cell(family), 10.0, epochs=40, options=base)
+        variant = record(of, 11.0, **{"epochs": 40, **other})
+        return table.rows_of([plain, variant], "cifar100", 100, "small")[1].gain
+
+    reg = cell("ce", "reg")
+    assert gain(reg, options={**base, "compile": True, "spareg": 0.3, "momentum": 0.2, "later": 1}) is not None
+    assert gain(reg, options={**base, "lr": 0.05}) is None
+    assert gain(reg, epochs=41, options=base) is None
+    assert gain(cell("glmc-maxnorm"), epochs=10, options={**base, "lr": 0.01}) is not None
 
 
 def test_report_prints_last_before_best_and_what_is_hidden(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
