@@ -473,6 +473,7 @@ def test_records_in_the_repository_do_not_make_its_code_dirty(tmp_path: Path, mo
         ("--engine ray --gpus-per-run -1", "--gpus-per-run is -1.0"),
         ("--gpus-per-run 0.5", "are for --engine ray"),
         ("--seeds 0 0", "--seeds is [0, 0]"),
+        ("--methods etf-dr --aligns slerp", "no run has any of the --aligns slerp; methods take etf-dr: none, reg"),
     ],
 )
 def test_bad_value(argv: str, message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -502,6 +503,27 @@ def test_runs_with_other_options_do_not_count_as_done(
     with pytest.raises(ValueError, match=message):
         reproduce.check_options(chosen, records, job)
     reproduce.check_options(chosen[1:], records, job)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--seed 5", "would have the seed 5"),
+        ("--imbalance 50", "the imbalance 50.0"),
+        ("--dataset cifar10", "the dataset cifar10"),
+        ("--method arb", "the method arb"),
+        ("--spareg 1.0", "the align reg"),
+        ("--spaslerp", "the align slerp"),
+        ("--output-dir runs/mine", "the output-dir runs/mine"),
+    ],
+)
+def test_options_cannot_make_a_run_another_one(options: str, message: str, tmp_path: Path) -> None:
+    """Three seeds would be one, and a baseline would be its own variant, beside records that say otherwise."""
+    job = Job(tmp_path, tmp_path, tuple(options.split()))
+    with pytest.raises(ValueError, match=message):
+        reproduce.check_options([cell()], [], job)
+    if "spareg" in options:
+        reproduce.check_options([cell("ce", "reg")], [], job)
 
 
 @pytest.mark.parametrize("argv", ["--methods best", "--budget soon", "--imbalances 7", "--aligns all", "--preset huge"])
