@@ -22,6 +22,7 @@ import argparse
 import contextlib
 import re
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -100,15 +101,32 @@ def execution(args: argparse.Namespace) -> tuple[tuple[str, ...], str | None]:
 
 
 def check_options(chosen: Sequence[Cell], records: Sequence[Record], job: Job) -> None:
-    """Refuse to count runs that had other options as done.
+    """Refuse options that make a run another one, and to count runs that had other options as done.
 
     Raises:
-        ValueError: an option of `cifar_lt.py` is bad, or a recorded run differs in one that decides its outcome.
+        ValueError: an option of `cifar_lt.py` is bad, or contradicts what a run is by its name, or a recorded run
+            differs in one that decides its outcome.
     """
     parser = cifar_lt.build_parser()
-    outcomes = {
-        cell.name: cifar_lt.settings_from(parser.parse_args(job.command(cell)[2:])).outcome() for cell in chosen
-    }
+    outcomes = {}
+    for cell in chosen:
+        settings = cifar_lt.settings_from(parser.parse_args(job.command(cell)[2:]))
+        align = "+".join(settings.alignment.names) or "none"
+        for option, told, meant in (
+            ("dataset", settings.dataset, cell.dataset),
+            ("imbalance", settings.imbalance, cell.imbalance),
+            ("method", settings.method, cell.method),
+            ("align", align, cell.align),
+            ("seed", settings.seed, cell.seed),
+            ("output-dir", settings.output_dir, job.work_dir / cell.name),
+        ):
+            if told != meant:
+                raise ValueError(
+                    f"with --options {shlex.join(job.extra)!r} the run {cell.name} would have the {option} {told}, and "
+                    "its record would say otherwise: leave that to --datasets, --imbalances, --methods, --aligns, "
+                    "--seeds and --work-dir"
+                )
+        outcomes[cell.name] = settings.outcome()
     for record in records:
         name = cell_of(record).name
         if name not in outcomes or "options" not in record:
@@ -146,6 +164,9 @@ def run(args: argparse.Namespace) -> int:
         aligns=args.aligns or tuple(STRATEGIES),
         seeds=args.seeds,
     )
+    if not chosen:
+        takes = "; ".join(f"{method}: {', '.join(FAMILIES[method])}" for method in args.methods or FAMILIES)
+        raise ValueError(f"no run has any of the --aligns {' '.join(args.aligns)}; methods take {takes}")
     for dataset in {cell.dataset for cell in chosen}:
         find_folder(dataset, args.data_dir)
     records = Records(args.records)
@@ -195,4 +216,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # an exception, as Ctrl-C: it ends the runs
     sys.exit(main())

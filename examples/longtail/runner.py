@@ -320,6 +320,8 @@ def run_grid(
 
     try:
         while True:
+            done = records.done()  # another call may finish some too
+            todo = [cell for cell in todo if cell.name not in done]
             for cell in [cell for cell in todo if ready(cell) and in_budget(cell)]:
                 if len(engine.running) >= engine.slots:
                     break
@@ -333,7 +335,6 @@ def run_grid(
                     progress.failed.append(cell)
                     note(f"FAILED {cell.name}: {record['failed']} (attempts: {record['attempts']})")
                     continue
-                done.add(cell.name)
                 progress.finished.append(cell)
                 learn(record)
                 note(

@@ -9,12 +9,14 @@ import json
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from scipy.stats import t as student_t
 
+from .alignment import AlignmentOptions
 from .grid import FAMILIES, SETTINGS, Record, cell_of, cells
+from .settings import HOW_STEPS_RUN
 
 TITLES = {"ce": "CE", "etf-dr": "ETF-DR", "arb": "ARB", "glmc": "GLMC", "glmc-maxnorm": "GLMC+MaxNorm"}
 SUFFIXES = {"none": "", "reg": "+SpAReg", "slerp": "+SpASLERP", "proj": "+SpAProj"}
@@ -59,7 +61,7 @@ class Row:
         paper_gain: over the paper's own baseline row.
         last, best: accuracy at the last and at the best epoch.
         gain: last-epoch accuracy less the baseline's of the same seed; None for the baseline, or without a common seed.
-        unpaired: seeds of both whose runs differ in length or training images, and so give no gain.
+        unpaired: seeds of both whose runs differ in training images or in more than the strategy, and so give no gain.
         groups: last-epoch accuracy of many, medium and few.
         train: training accuracy without augmentation.
         alignment: mean cosine of classifier rows and class means.
@@ -148,10 +150,15 @@ def readouts_of(own: dict[int, Record], base: dict[int, Record]) -> dict[str, tu
 
 
 def paired(record: Record, base: Record) -> bool:
-    """Return whether two runs differ in their method or strategy alone: equal length, equal training set."""
-    return all(record.get(key) == base.get(key) for key in ("epochs", "data_fingerprint")) or (
-        record["method"] == "glmc-maxnorm" and record.get("data_fingerprint") == base.get("data_fingerprint")
-    )
+    """Return whether two runs differ in their strategy alone; of a second stage, have equal training sets."""
+    if record.get("data_fingerprint") != base.get("data_fingerprint"):
+        return False
+    if record["method"] == "glmc-maxnorm":
+        return True
+    now, then = record.get("options", {}), base.get("options", {})
+    free = {option.name.replace("_", "-") for option in fields(AlignmentOptions)} | set(HOW_STEPS_RUN)
+    known = (now.keys() & then.keys()) - free  # options that came later had their default before
+    return record.get("epochs") == base.get("epochs") and all(now[name] == then[name] for name in known)
 
 
 def last(record: Record) -> float:
@@ -228,7 +235,7 @@ def markdown(records: Sequence[Record], preset: str) -> str:
             if row.unpaired:
                 seeds = ", ".join(map(str, row.unpaired))
                 parts += [
-                    f"No gain of {row.title}, seeds {seeds}: epochs or training images are not the baseline's.",
+                    f"No gain of {row.title}, seeds {seeds}: options or training images are not the baseline's.",
                     "",
                 ]
     failures = failed(records, preset)
@@ -255,7 +262,7 @@ def differences(records: Sequence[Record], others: Sequence[Record], preset: str
     )
     pairs: dict[str, list[tuple[Record, Record]]] = {}
     options: set[str] = set()
-    for cell in cells(preset=preset):
+    for cell in cells(preset=preset, seeds=sorted({cell.seed for cell in mine})):
         if cell not in mine or cell not in theirs:
             continue
         one, other = mine[cell], theirs[cell]

@@ -203,6 +203,23 @@ def test_finished_runs_are_never_repeated_and_failed_ones_are(tmp_path: Path) ->
     assert third.started == []
 
 
+def test_what_another_call_finishes_meanwhile_is_not_repeated(tmp_path: Path) -> None:
+    records = Records(tmp_path / "r.jsonl")
+    engine: Any = Engine()
+    inner = engine.finished
+
+    def finished() -> Iterator[tuple[Cell, dict[str, Any]]]:
+        if len(engine.started) == 1:
+            records.add(record(cell("glmc")))
+        yield from inner()
+
+    engine.finished = finished
+    progress = run_grid([cell(), cell("glmc"), cell("glmc-maxnorm")], records, engine, note=quiet)
+    assert engine.started == [cell().name, cell("glmc-maxnorm").name]
+    assert progress.left == []
+    assert len(records.read()) == 3
+
+
 def test_max_norm_waits_for_its_first_stage(tmp_path: Path) -> None:
     todo = [cell("glmc-maxnorm"), cell("glmc")]
     engine: Any = Engine(slots=2)
@@ -311,6 +328,29 @@ def test_an_interrupted_grid_ends_its_runs(tiny_job: Job) -> None:
     assert (got["failed"], got["attempts"]) == (f"exit code -{signal.SIGTERM.value}: no message", 1)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+def test_a_grid_that_is_told_to_end_ends_its_runs(tmp_path: Path) -> None:
+    """Or else they go on without it, and the next call finds their folders in use."""
+    run, pid = tmp_path / "run.py", tmp_path / "pid"
+    run.write_text(f"import os, time; open({str(pid)!r}, 'w').write(f'{{os.getpid()}}\\n'); time.sleep(600)")
+    script = (
+        "import runpy, sys; from pathlib import Path; from longtail import data, runner\n"
+        f"data.find_folder = lambda *_: None; runner.SCRIPT = Path({str(run)!r})\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    where = ["--records", str(tmp_path / "r.jsonl"), "--work-dir", str(tmp_path / "work"), "--options=--device=cpu"]
+    command = f"import sys; sys.argv[0] = 'reproduce.py'\n{script}"
+    grid_call = subprocess.Popen([sys.executable, "-c", command, "--preset", "small", *where], cwd=EXAMPLES)
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and not (pid.exists() and pid.read_text()):
+        time.sleep(0.02)
+    grid_call.terminate()
+    assert grid_call.wait() == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), signal.SIGKILL)
+    assert not (tmp_path / "r.jsonl").exists(), "what was told to end has not failed"
+
+
 def test_max_norm_needs_the_network_not_its_record(tmp_path: Path) -> None:
     records, notes = Records(tmp_path / "r.jsonl"), list[str]()
     records.add(record(cell("glmc")))
@@ -375,12 +415,15 @@ def test_runs_with_other_options_are_compared_pair_by_pair(tmp_path: Path, capsy
         here.add(record(cell("ce", seed=seed), accuracy, epochs=40, options={"amp": "bf16", "lr": 0.1}))
         there.add(record(cell("ce", seed=seed), 49.0, epochs=40, options={"amp": "off", "lr": 0.1}))
     there.add(record(cell("arb"), 60.0, epochs=40))  # in one of them alone
+    for records in (here, there):  # of a seed that is none of the grid's own three
+        records.add(record(cell("ce", "reg", seed=7), 51.0, epochs=40))
     argv = ["report", "--preset", "small", "--records", str(here.path), "--against", str(there.path)]
     assert reproduce.main(argv) == 0
     text = capsys.readouterr().out
     assert "--amp bf16 against off." in text
     # Differences 1, 3, 2: mean 2, deviation 1, and 4.303 of its third part's root.
     assert "| CE, cifar100, imbalance 100 | 3 | 51.0 ± 1.0 | 49.0 ± 0.0 | +2.0 ± 2.5 | +2.0 ± 2.5 |" in text
+    assert "| CE+SpAReg, cifar100, imbalance 100 | 1 | 51.0 |" in text
     assert "ARB" not in text
     for records in (here, there):  # of CIFAR-10's classes none is few-shot
         empty = record(Cell("cifar10", 100, "ce", "none", 0, "small"), 80.0, epochs=40)
@@ -430,6 +473,7 @@ def test_records_in_the_repository_do_not_make_its_code_dirty(tmp_path: Path, mo
         ("--engine ray --gpus-per-run -1", "--gpus-per-run is -1.0"),
         ("--gpus-per-run 0.5", "are for --engine ray"),
         ("--seeds 0 0", "--seeds is [0, 0]"),
+        ("--methods etf-dr --aligns slerp", "no run has any of the --aligns slerp; methods take etf-dr: none, reg"),
     ],
 )
 def test_bad_value(argv: str, message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -459,6 +503,27 @@ def test_runs_with_other_options_do_not_count_as_done(
     with pytest.raises(ValueError, match=message):
         reproduce.check_options(chosen, records, job)
     reproduce.check_options(chosen[1:], records, job)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--seed 5", "would have the seed 5"),
+        ("--imbalance 50", "the imbalance 50.0"),
+        ("--dataset cifar10", "the dataset cifar10"),
+        ("--method arb", "the method arb"),
+        ("--spareg 1.0", "the align reg"),
+        ("--spaslerp", "the align slerp"),
+        ("--output-dir runs/mine", "the output-dir runs/mine"),
+    ],
+)
+def test_options_cannot_make_a_run_another_one(options: str, message: str, tmp_path: Path) -> None:
+    """Three seeds would be one, and a baseline would be its own variant, beside records that say otherwise."""
+    job = Job(tmp_path, tmp_path, tuple(options.split()))
+    with pytest.raises(ValueError, match=message):
+        reproduce.check_options([cell()], [], job)
+    if "spareg" in options:
+        reproduce.check_options([cell("ce", "reg")], [], job)
 
 
 @pytest.mark.parametrize("argv", ["--methods best", "--budget soon", "--imbalances 7", "--aligns all", "--preset huge"])
@@ -784,7 +849,23 @@ def test_gains_only_compare_equal_seeds() -> None:
     records[1]["data_fingerprint"] = "another"
     text = table.markdown(records, "small")
     assert table.rows_of(records, "cifar100", 100, "small")[1].gain is None
-    assert "No gain of CE+SpAReg, seeds 0: epochs or training images are not the baseline's." in text
+    assert "No gain of CE+SpAReg, seeds 0: options or training images are not the baseline's." in text
+
+
+def test_gains_only_compare_runs_that_differ_in_their_strategy() -> None:
+    base = {"lr": 0.1, "compile": False, "spareg": 0.0, "momentum": 0.1}
+
+    def gain(of: Cell, **other: Any) -> table.Spread | None:
+        family = "glmc" if of.method == "glmc-maxnorm" else of.method
+        plain = record(cell(family), 10.0, epochs=40, options=base)
+        variant = record(of, 11.0, **{"epochs": 40, **other})
+        return table.rows_of([plain, variant], "cifar100", 100, "small")[1].gain
+
+    reg = cell("ce", "reg")
+    assert gain(reg, options={**base, "compile": True, "spareg": 0.3, "momentum": 0.2, "later": 1}) is not None
+    assert gain(reg, options={**base, "lr": 0.05}) is None
+    assert gain(reg, epochs=41, options=base) is None
+    assert gain(cell("glmc-maxnorm"), epochs=10, options={**base, "lr": 0.01}) is not None
 
 
 def test_report_prints_last_before_best_and_what_is_hidden(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
