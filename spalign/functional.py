@@ -102,8 +102,42 @@ def _is_number_in(value: object, low: float, high: float) -> bool:
 
 
 def _is_count(value: object, least: int) -> bool:
-    """Return whether ``value`` is an integer of at least ``least``, and not a bool."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    """Return whether ``value`` is an integer of at least ``least``, numpy's included, and not a bool."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= least
+
+
+def _check_rows(mean_CD: Tensor, seen_C: Tensor, *rows_CD: Tensor, center_D: Tensor | None = None) -> None:
+    """Raise ValueError unless all describe the same classes: shapes that broadcast would give wrong values."""
+    shape = mean_CD.shape
+    if (
+        len(shape) != 2
+        or seen_C.shape != shape[:1]
+        or seen_C.dtype is not torch.bool
+        or (center_D is not None and center_D.shape != shape[1:])
+        or any(rows.shape != shape for rows in rows_CD)
+    ):
+        center = "" if center_D is None else f", center_D {tuple(center_D.shape)}"
+        raise ValueError(
+            f"mean_CD has shape {tuple(shape)}, seen_C {tuple(seen_C.shape)} and dtype {seen_C.dtype}{center}, "
+            f"the other tensors {', '.join(str(tuple(rows.shape)) for rows in rows_CD) or 'none'}; expected (C, D) for "
+            "means, classifier rows and gradients, (C,) bool for seen_C and (D,) for center_D: one row per class "
+            "(transpose a (D, C) weight; weight_C > 0 says which classes are seen)"
+        )
+
+
+def _check_batch(features: Tensor, targets: Tensor, num_classes: int, feature_dim: int | None = None) -> None:
+    shape, soft = features.shape, targets.is_floating_point()
+    if len(shape) != 2 or not features.is_floating_point() or feature_dim not in (None, shape[1]):
+        raise ValueError(
+            f"features have shape {tuple(shape)} and dtype {features.dtype}, expected (N, {feature_dim or 'D'}) and a "
+            "float dtype; of dense predictions pass features.movedim(1, -1).flatten(0, -2)"
+        )
+    expected = (shape[0], num_classes) if soft else (shape[0],)
+    if targets.shape != expected or targets.dtype is torch.bool or targets.is_complex():
+        raise ValueError(
+            f"targets have shape {tuple(targets.shape)} and dtype {targets.dtype}, expected {expected}: class indices "
+            "as integers (N,), or soft labels as floats (N, C)"
+        )
 
 
 def _math_dtype(*tensors: Tensor) -> torch.dtype:
@@ -184,6 +218,9 @@ def class_statistics(
     Returns:
         sums (C, D) and weights (C,), float32 (float64 for float64 features).
 
+    Raises:
+        ValueError: shapes or dtypes do not fit.
+
     Example:
         >>> import torch
         >>> h = torch.tensor([[1., 0.], [3., 0.], [0., 5.]])
@@ -191,6 +228,7 @@ def class_statistics(
         >>> sums.tolist(), weights.tolist()
         ([[4.0, 0.0], [0.0, 5.0], [0.0, 0.0]], [2.0, 1.0, 0.0])
     """
+    _check_batch(features, targets, num_classes)
     batch = _parse_batch(features, targets, num_classes, ignore_index, _math_dtype(features))
     return _batch_statistics(batch, num_classes)
 
@@ -295,6 +333,9 @@ def update_class_means_(
     Returns:
         How far each sample moved its class mean, which is the derivative of the new means by the features.
 
+    Raises:
+        ValueError: shapes or dtypes do not fit.
+
     Example:
         >>> import torch
         >>> mean, weight = torch.zeros(2, 1), torch.zeros(2)
@@ -303,6 +344,17 @@ def update_class_means_(
         >>> mean.tolist(), weight.tolist()
         ([[0.0], [3.0]], [0.0, 3.0])
     """
+    if (
+        len(mean_CD.shape) != 2
+        or weight_C.shape != mean_CD.shape[:1]
+        or (mean_sum_D is not None and mean_sum_D.shape != mean_CD.shape[1:])
+    ):
+        total = "" if mean_sum_D is None else f", mean_sum_D {tuple(mean_sum_D.shape)}"
+        raise ValueError(
+            f"mean_CD has shape {tuple(mean_CD.shape)}, weight_C {tuple(weight_C.shape)}{total}; expected (C, D), (C,) "
+            "and (D,)"
+        )
+    _check_batch(features, targets, *mean_CD.shape)
     return _absorb_batch_(mean_CD, weight_C, mean_sum_D, features, targets, momentum, ignore_index)
 
 
@@ -396,6 +448,9 @@ def update_class_means(
     Returns:
         means (C, D) and weights (C,).
 
+    Raises:
+        ValueError: shapes or dtypes do not fit.
+
     Example:
         >>> import torch
         >>> h = torch.tensor([[2., 4.]], requires_grad=True)
@@ -452,6 +507,7 @@ def attach_features(mean_CD: Tensor, features: Tensor, share: BatchShare) -> Ten
 
 def global_mean(mean_CD: Tensor, seen_C: Tensor) -> Tensor:
     """Return ``mu_G``, the mean of the rows of ``mean_CD`` (C, D) where ``seen_C`` (C,) bool holds; (D,)."""
+    _check_rows(mean_CD, seen_C)
     seen_CD = torch.where(seen_C.unsqueeze(1), mean_CD.to(_math_dtype(mean_CD)), 0.0)
     return (seen_CD.sum(0) / seen_C.sum().clamp(min=1).to(seen_CD.dtype)).to(mean_CD.dtype)
 
@@ -577,11 +633,15 @@ def directions(mean_CD: Tensor, seen_C: Tensor, *, center_D: Tensor | None = Non
     Returns:
         (C, D); rows without a direction (unseen, or on the global mean) are zero.
 
+    Raises:
+        ValueError: shapes or dtypes do not fit.
+
     Example:
         >>> import torch
         >>> directions(torch.tensor([[3., 0.], [1., 0.], [9., 9.]]), torch.tensor([True, True, False])).tolist()
         [[1.0, 0.0], [-1.0, 0.0], [0.0, 0.0]]
     """
+    _check_rows(mean_CD, seen_C, center_D=center_D)
     d_CD, least, seen_C = _centered(mean_CD, seen_C, center_D, _math_dtype(mean_CD))
     dd_C = _dots(d_CD, d_CD)
     valid_C = seen_C & (dd_C > least) & _is_finite(dd_C)
@@ -601,12 +661,16 @@ def alignment(weight_CD: Tensor, mean_CD: Tensor, seen_C: Tensor, *, center_D: T
     Returns:
         (C,) in [-1, 1]; 0 where there is nothing to compare (unseen class, zero row, mean on the global mean).
 
+    Raises:
+        ValueError: shapes or dtypes do not fit.
+
     Example:
         >>> import torch
         >>> mean, seen = torch.tensor([[2., 0.], [0., 0.]]), torch.tensor([True, True])
         >>> alignment(torch.tensor([[5., 0.], [0., 1.]]), mean, seen).tolist()
         [1.0, 0.0]
     """
+    _check_rows(mean_CD, seen_C, weight_CD, center_D=center_D)
     return _rows(weight_CD.detach(), mean_CD.detach(), seen_C, center_D).cos
 
 
@@ -671,7 +735,7 @@ def alignment_loss(
         Scalar, float32 (float64 if the weight or the means are).
 
     Raises:
-        ValueError: features without a share.
+        ValueError: features without a share, or shapes that do not fit.
 
     Example:
         >>> import torch
@@ -680,6 +744,7 @@ def alignment_loss(
         >>> loss.item(), torch.autograd.grad(loss, w)[0].tolist()
         (0.5, [[-0.5, 0.0], [0.0, 0.0]])
     """
+    _check_rows(mean_CD, seen_C, weight_CD, center_D=center_D)
     if features is not None and share is None:
         raise ValueError(
             f"features of shape {tuple(features.shape)} came without a share, expected both, or no gradient would "
@@ -826,6 +891,9 @@ def alignment_loss_and_grad(
     Returns:
         the scalar of :func:`alignment_loss` and its gradient by ``weight_CD``, (C, D), in the weight's dtype.
 
+    Raises:
+        ValueError: shapes or dtypes do not fit.
+
     Example:
         >>> import torch
         >>> w, mean, seen = torch.eye(2), torch.tensor([[3., 0.], [1., 0.]]), torch.tensor([True, True])
@@ -833,6 +901,7 @@ def alignment_loss_and_grad(
         >>> loss.item(), grad.tolist()
         (0.5, [[0.0, 0.0], [0.5, 0.0]])
     """
+    _check_rows(mean_CD, seen_C, weight_CD, center_D=center_D)
     if center_D is not None and kernels.can_align(weight_CD, mean_CD, seen_C, center_D):
         loss, terms = kernels.alignment_terms(weight_CD, mean_CD, seen_C, center_D, by_weight=True, by_mean=False)
         assert terms.by_weight is not None
@@ -846,10 +915,15 @@ def alignment_loss_and_grad(
 def cosine_schedule(step: int, total_steps: int, maximum: float) -> float:
     """Return ``alpha_t = alpha_max (1 - cos(pi t / T)) / 2`` with t clamped to [0, T].
 
+    Raises:
+        ValueError: ``total_steps`` is less than 1.
+
     Example:
         >>> [round(cosine_schedule(t, 4, 0.2), 3) for t in (0, 1, 2, 4, 9)]
         [0.0, 0.029, 0.1, 0.2, 0.2]
     """
+    if total_steps < 1:
+        raise ValueError(f"total_steps is {total_steps!r}, expected 1 or more; pass the steps of the schedule")
     return maximum * (1.0 - math.cos(math.pi * min(max(step, 0), total_steps) / total_steps)) / 2.0
 
 
@@ -889,6 +963,9 @@ def slerp(
     Returns:
         New rows (C, D) in the weight's dtype, and the masks of rows rotated and rows left alone near pi.
 
+    Raises:
+        ValueError: ``alpha`` or ``threshold`` is out of range, or shapes do not fit.
+
     Example:
         >>> import torch
         >>> w, mean, seen = torch.tensor([[0., 2.], [-1., 0.]]), torch.tensor([[3., 0.], [1., 0.]]), torch.ones(2) > 0
@@ -896,6 +973,12 @@ def slerp(
         >>> [[round(v, 4) for v in row] for row in new.tolist()], rotated.tolist()
         ([[1.4142, 1.4142], [-1.0, 0.0]], [True, False])
     """
+    _check_rows(mean_CD, seen_C, weight_CD, center_D=center_D)
+    if not (isinstance(alpha, Tensor) or 0.0 <= alpha <= 1.0) or not -1.0 <= threshold <= 1.0:
+        raise ValueError(
+            f"alpha is {alpha!r} and threshold {threshold!r}, expected a share of the angle in [0, 1] and a cosine in "
+            "[-1, 1]"
+        )
     with torch.no_grad():
         rows, across = _rows_across(weight_CD, mean_CD, seen_C, center_D)
         sin_C = across.squared.sqrt() * rows.inv_d
@@ -951,7 +1034,7 @@ def project_gradient(
         (C, D) in the gradient's dtype.
 
     Raises:
-        ValueError: ``radial`` is unknown.
+        ValueError: ``radial`` is unknown, ``gamma`` is out of range, or shapes do not fit.
 
     Example:
         >>> import torch
@@ -962,6 +1045,9 @@ def project_gradient(
     """
     if radial not in ("paper", "keep"):
         raise ValueError(f"radial is {radial!r}, expected 'paper' (Eq. 20) or 'keep'")
+    if not 0.0 <= gamma <= 1.0:
+        raise ValueError(f"gamma is {gamma!r}, expected a share of the original gradient in [0, 1]")
+    _check_rows(mean_CD, seen_C, weight_CD, grad_CD, center_D=center_D)
     return _project(grad_CD, weight_CD, mean_CD, seen_C, center_D, gamma, radial)
 
 

@@ -115,11 +115,11 @@ class ClassMeanTracker(nn.Module):
                 f"ignore_index is {ignore_index!r}, expected an integer; to pass over no sample leave it at -100, "
                 "which no label equals"
             ) from None
-        self.num_classes = num_classes
-        self.feature_dim = feature_dim
+        self.num_classes = int(num_classes)
+        self.feature_dim = int(feature_dim)
         self.momentum = None if momentum is None else float(momentum)
         self.process_group = process_group
-        self.batch_size = batch_size
+        self.batch_size = None if batch_size is None else int(batch_size)
         self.feature_dtype = feature_dtype
         self._group_name = distributed.group_name(process_group)
         with torch.inference_mode(False):  # what is made in that mode cannot be written outside of it

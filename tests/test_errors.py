@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from problems import FIXED, WithBuffer, make_batch, same_state, state_of
 from torch import Tensor, nn
 
 import spalign
+from spalign import functional
 
 C, D = 5, 6
 
@@ -118,6 +120,15 @@ NOT_NUMBERS: list[Any] = ["0.5", None, [0.5], {}, 0.5 + 0j, True, torch.tensor(0
 def test_bad_tracker_arguments(arguments: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=re.escape(words)):
         spalign.ClassMeanTracker(**{"num_classes": C, "feature_dim": D, **arguments})
+
+
+def test_integers_of_numpy_are_counts() -> None:
+    """As `labels.max() + 1` gives them."""
+    c, d, n = np.int64(C), np.int32(D), np.int64(8)
+    tracker = spalign.ClassMeanTracker(c, d, batch_size=n)  # type: ignore[arg-type]
+    assert [type(x) for x in (tracker.num_classes, tracker.feature_dim, tracker.batch_size)] == [int, int, int]
+    tracker.update(*make_batch(1, 8, C, D))
+    assert spalign.theory.simplex_etf(c, d).shape == (C, D)  # type: ignore[arg-type]
 
 
 def build_reg(classifier: Any, tracker: Any = None) -> spalign.SpARegLoss:
@@ -345,3 +356,85 @@ def test_a_failed_call_does_not_disturb_the_next() -> None:
     la.backward()
     assert torch.equal(la, lb)
     assert same_state(a, state_of(b))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Functions of tensors: what broadcasts would give a wrong value, and what does not an error without a name
+# ----------------------------------------------------------------------------------------------------------------------
+
+RowFunction = Callable[..., object]
+ROW_FUNCTIONS: dict[str, RowFunction] = {
+    "alignment": functional.alignment,
+    "alignment_loss": functional.alignment_loss,
+    "alignment_loss_and_grad": functional.alignment_loss_and_grad,
+    "slerp": partial(functional.slerp, alpha=0.5, threshold=0.5),
+    "project_gradient": lambda w, *rest, **more: functional.project_gradient(w, w, *rest, gamma=0.5, **more),
+    "directions": lambda w, *rest, **more: functional.directions(*rest, **more),
+}
+
+
+@pytest.mark.parametrize("name", ROW_FUNCTIONS)
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"weight": torch.ones(D, C)}, f"mean_CD has shape .{C}, {D}., .*other tensors .{D}, {C}."),
+        ({"weight": torch.ones(1, D)}, f"other tensors .1, {D}."),
+        ({"mean": torch.ones(1, D)}, f"mean_CD has shape .1, {D}."),
+        ({"mean": torch.ones(D)}, f"mean_CD has shape .{D},."),
+        ({"seen": torch.ones(C)}, "dtype torch.float32"),
+        ({"seen": torch.ones(1, dtype=torch.bool)}, "seen_C .1,."),
+        ({"center": torch.ones(1)}, "center_D .1,."),
+    ],
+    ids=str,
+)
+def test_functions_refuse_rows_that_would_broadcast(name: str, changed: dict[str, torch.Tensor], words: str) -> None:
+    if name == "directions" and "weight" in changed:
+        return
+    given = {"weight": torch.ones(C, D), "mean": torch.ones(C, D), "seen": torch.ones(C) > 0, "center": torch.ones(D)}
+    given |= changed
+    with pytest.raises(ValueError, match=words):
+        ROW_FUNCTIONS[name](given["weight"], given["mean"], given["seen"], center_D=given["center"])
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda rows: functional.slerp(*rows, alpha=1.5, threshold=0.5), "alpha is 1.5"),
+        (lambda rows: functional.slerp(*rows, alpha=float("nan"), threshold=0.5), "alpha is nan"),
+        (lambda rows: functional.slerp(*rows, alpha=0.5, threshold=60.0), "threshold 60.0"),
+        (lambda rows: functional.project_gradient(rows[0], *rows, gamma=1.1), "gamma is 1.1"),
+        (lambda rows: functional.cosine_schedule(1, 0, 0.2), "total_steps is 0"),
+        (lambda rows: functional.global_mean(rows[1], torch.ones(C)), "expected .* bool for seen_C"),
+    ],
+)
+def test_functions_refuse_values_out_of_range(call: Callable[[Any], object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        call((torch.ones(C, D), torch.ones(C, D), torch.ones(C) > 0))
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"features": torch.ones(4, D + 1)}, f"features have shape .4, {D + 1}."),
+        ({"features": torch.ones(4, D).long()}, "dtype torch.int64, expected .* float dtype"),
+        ({"features": torch.ones(4, D, 2)}, "dense predictions"),
+        ({"targets": torch.zeros(3).long()}, "targets have shape .3,."),
+        ({"targets": torch.zeros(4, 1).long()}, "targets have shape .4, 1."),
+        ({"targets": torch.zeros(4, 1)}, f"expected .4, {C}.: class indices"),
+        ({"targets": torch.zeros(4) > 0}, "torch.bool"),
+        ({"weight": torch.zeros(1)}, "weight_C .1,."),
+        ({"mean": torch.zeros(D)}, f"mean_CD has shape .{D},."),
+        ({"total": torch.zeros(1, dtype=torch.float64)}, "mean_sum_D .1,."),
+    ],
+    ids=str,
+)
+def test_functions_refuse_batches_and_change_nothing(changed: dict[str, torch.Tensor], words: str) -> None:
+    given = {"mean": torch.zeros(C, D), "weight": torch.zeros(C), "total": torch.zeros(D).double()}
+    given |= {"features": torch.ones(4, D), "targets": torch.zeros(4).long()} | changed
+    state = given["mean"], given["weight"], given["total"]
+    with pytest.raises(ValueError, match=words):
+        functional.update_class_means_(*state[:2], given["features"], given["targets"], mean_sum_D=state[2])
+    assert all(not tensor.any() for tensor in state)
+    if changed.keys() <= {"features", "targets"} and given["features"].shape[1:] != (D + 1,):
+        with pytest.raises(ValueError, match=words.replace(f"{D + 1}", "D")):
+            functional.class_statistics(given["features"], given["targets"], C)
