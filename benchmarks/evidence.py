@@ -237,7 +237,9 @@ def report(folder: Path, name: str) -> str:
 
 def figure(folder: Path, name: str, path: Path) -> None:
     """Draw accuracy, training accuracy and alignment by epoch, a row of panels a setting, a line a variant."""
-    from figures import mpl, plot, plt
+    import matplotlib as mpl
+    from figures import plot  # which chooses where pyplot draws
+    from matplotlib import pyplot as plt
 
     mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "spalign"})  # text stays text, ids stay the same
     stage, records = STAGES[name], read_records(folder, name)

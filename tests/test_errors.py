@@ -125,10 +125,10 @@ def test_bad_tracker_arguments(arguments: dict[str, Any], words: str) -> None:
 def test_integers_of_numpy_are_counts() -> None:
     """As `labels.max() + 1` gives them."""
     c, d, n = np.int64(C), np.int32(D), np.int64(8)
-    tracker = spalign.ClassMeanTracker(c, d, batch_size=n)  # type: ignore[arg-type]
+    tracker = spalign.ClassMeanTracker(c, d, batch_size=n)
     assert [type(x) for x in (tracker.num_classes, tracker.feature_dim, tracker.batch_size)] == [int, int, int]
     tracker.update(*make_batch(1, 8, C, D))
-    assert spalign.theory.simplex_etf(c, d).shape == (C, D)  # type: ignore[arg-type]
+    assert spalign.theory.simplex_etf(c, d).shape == (C, D)
 
 
 def build_reg(classifier: Any, tracker: Any = None) -> spalign.SpARegLoss:
