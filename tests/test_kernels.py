@@ -639,14 +639,15 @@ def test_a_kernel_gets_only_what_fits_together_and_lies_in_memory_as_it_reads(mo
     assert answers == [False], "what stands for the examples has no memory"
 
 
-def test_shapes_that_do_not_fit_raise_what_torch_raises_and_broadcast_as_there(gpu: PretendedGpu) -> None:
+def test_shapes_that_do_not_fit_are_refused_before_anything_starts(gpu: PretendedGpu) -> None:
     p = make_problem(1, num_classes=5, dim=6, dtype=torch.float32, unseen=())
     w, g, mean, seen, center = (x.to(GPU) for x in (p.w, p.g, p.mean, p.seen, p.mean.mean(0)))
-    with pytest.raises(RuntimeError, match="must match the size"):
+    with pytest.raises(ValueError, match=r"other tensors \(4, 6\)"):
         F.alignment_loss(w[:4], mean, seen, center_D=center)
-    with pytest.raises(RuntimeError, match="must match the size"):
+    with pytest.raises(ValueError, match=r"other tensors \(5, 6\), \(5, 4\)"):
         F.project_gradient(g[:, :4], w, mean, seen, gamma=0.3, center_D=center)
-    F.alignment_loss(w, mean, seen, center_D=center.new_zeros(1))
+    with pytest.raises(ValueError, match=r"center_D \(1,\)"):
+        F.alignment_loss(w, mean, seen, center_D=center.new_zeros(1))
     assert gpu.launches == []
 
 
