@@ -1,11 +1,14 @@
 """One thread, one seed, no timing limits: the suite says the same on every machine."""
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as of a shell's background, which would be inherited
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, str(Path(__file__).parent / "distributed"))  # for `import rank_parts`
 sys.path.insert(0, str(Path(__file__).parent))  # for `import reference`: importlib mode leaves sys.path alone
 
