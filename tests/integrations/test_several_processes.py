@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import integration_scripts as scripts
 import pytest
@@ -56,7 +57,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def test_two_processes_equal_one(name: str, folder: Path, tmp_path: Path) -> None:
     """A16, B8, B11, C1 to C3: weights, means and schedule after eight steps on the concatenated batches."""
     first, second = (torch.load(folder / f"{name}{rank}.pt", weights_only=True) for rank in range(WORLD))
-    want: dict[str, Any] = train(name, 1, tmp_path)
+    with mock.patch.dict(os.environ):  # in which Lightning leaves a rank, which Accelerate takes for one of several
+        want: dict[str, Any] = train(name, 1, tmp_path)
     assert first.keys() == second.keys() == want.keys()
     assert first["acts"] == second["acts"] == want["acts"] == (STEPS, STEPS, STEPS, EPOCHS, EPOCHS)
     assert want["rotated last"] == first["rotated last"] > 0
