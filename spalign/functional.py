@@ -126,6 +126,7 @@ def _check_rows(mean_CD: Tensor, seen_C: Tensor, *rows_CD: Tensor, center_D: Ten
 
 
 def _check_batch(features: Tensor, targets: Tensor, num_classes: int, feature_dim: int | None = None) -> None:
+    """Raise ValueError unless features are (N, D) floats and targets class indices (N,) or soft labels (N, C)."""
     shape, soft = features.shape, targets.is_floating_point()
     if len(shape) != 2 or not features.is_floating_point() or feature_dim not in (None, shape[1]):
         raise ValueError(
@@ -506,7 +507,11 @@ def attach_features(mean_CD: Tensor, features: Tensor, share: BatchShare) -> Ten
 
 
 def global_mean(mean_CD: Tensor, seen_C: Tensor) -> Tensor:
-    """Return ``mu_G``, the mean of the rows of ``mean_CD`` (C, D) where ``seen_C`` (C,) bool holds; (D,)."""
+    """Return ``mu_G``, the mean of the rows of ``mean_CD`` (C, D) where ``seen_C`` (C,) bool holds; (D,).
+
+    Raises:
+        ValueError: shapes or dtypes do not fit.
+    """
     _check_rows(mean_CD, seen_C)
     seen_CD = torch.where(seen_C.unsqueeze(1), mean_CD.to(_math_dtype(mean_CD)), 0.0)
     return (seen_CD.sum(0) / seen_C.sum().clamp(min=1).to(seen_CD.dtype)).to(mean_CD.dtype)

@@ -82,6 +82,7 @@ def _parse(features: Tensor, targets: Tensor, num_classes: int, ignore_index: in
             f"targets have dtype {targets.dtype}, expected integer class indices: a mixed sample lies within no class; "
             "measure on samples that are not mixed, and pass their labels"
         )
+    functional._check_batch(features, targets, num_classes)
     return functional._parse_batch(features, targets, num_classes, ignore_index, torch.float64)
 
 
@@ -124,6 +125,9 @@ def class_moments(
         num_classes: C.
         covariance: scatter matrices, (C, D, D), which :func:`nc1_pinv` needs, instead of their traces.
         ignore_index: label of samples to pass over. Labels outside [0, C) and rows with a non-finite value are too.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit.
 
     Example:
         >>> import torch
@@ -223,7 +227,10 @@ def nc3(weight_CD: Tensor, mean_CD: Tensor, seen_C: Tensor) -> Tensor:
     Args:
         weight_CD: (C, D) classifier rows; those of unseen classes are left out.
         mean_CD: (C, D) class means.
-        seen_C: (C,) classes with a mean.
+        seen_C: (C,) bool, classes with a mean.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit.
 
     Example:
         >>> import torch
@@ -231,6 +238,7 @@ def nc3(weight_CD: Tensor, mean_CD: Tensor, seen_C: Tensor) -> Tensor:
         >>> nc3(torch.tensor([[5., 0.], [-5., 0.]]), mean, seen).item()
         0.0
     """
+    functional._check_rows(mean_CD, seen_C, weight_CD)
     w_CD, d_CD = torch.where(seen_C.unsqueeze(1), weight_CD.double(), 0.0), _centered(mean_CD, seen_C)
     distance: Tensor = (w_CD / w_CD.norm() - d_CD / d_CD.norm()).norm()
     return distance
