@@ -389,7 +389,7 @@ NOT_TAKEN = {"directions": "weight", "nc3": "center"}
         ({"seen": torch.ones(1, dtype=torch.bool)}, "seen_C .1,."),
         ({"center": torch.ones(1)}, "center_D .1,."),
     ],
-    ids=str,
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_functions_refuse_rows_that_would_broadcast(name: str, changed: dict[str, torch.Tensor], words: str) -> None:
     given = {"weight": torch.ones(C, D), "mean": torch.ones(C, D), "seen": torch.ones(C) > 0, "center": torch.ones(D)}
@@ -428,7 +428,7 @@ def test_functions_refuse_values_out_of_range(call: Callable[[Any], object], wor
         ({"mean": torch.zeros(D)}, f"mean_CD has shape .{D},."),
         ({"total": torch.zeros(1, dtype=torch.float64)}, "mean_sum_D .1,."),
     ],
-    ids=str,
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_functions_refuse_batches_and_change_nothing(changed: dict[str, torch.Tensor], words: str) -> None:
     given = {"mean": torch.zeros(C, D), "weight": torch.zeros(C), "total": torch.zeros(D).double()}
